@@ -1,0 +1,146 @@
+"""The diagonal linear recurrence, h_t = a_t h_{t-1} + b_t, elementwise, real or complex.
+
+Carries LRU, RG-LRU (Hawk and Griffin), HGRN, S5, the moving average of MEGA, minGRU, and the
+stepping of S4D and DSS.
+"""
+
+from importlib import import_module
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from seqzoo.kernels.dispatch import Backend, accumulator, choose, declare
+from seqzoo.kernels.errors import check_shape
+from seqzoo.kernels.scan.reference import scan as reference_scan
+
+REAL = (torch.float32, torch.float64)
+HALF = (torch.float16, torch.bfloat16)
+declare(
+    "scan",
+    Backend("native", ("cpu",), (*REAL, *HALF), needs=("compiler",)),
+    Backend("fused", ("cuda",), (torch.float32, *HALF), needs=("triton",)),
+    Backend("chunked"),
+    Backend("reference"),
+)
+
+
+def scan(
+    a: Tensor,
+    b: Tensor,
+    *,
+    initial_state: Tensor | None = None,
+    reset: Tensor | None = None,
+    mask: Tensor | None = None,
+    reverse: bool = False,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """h_t = a_t h_{t-1} + b_t.
+
+    O(T) time; Martin and Cundy, "Parallelizing Linear Recurrent Neural Nets Over Sequence Length",
+    arXiv:1709.04057.
+
+    Args:
+        a: decay, (B, T, D) or broadcastable to `b`.
+        b: input, (B, T, D), any floating or complex dtype.
+        initial_state: h before the first token, (B, D); zero when None.
+        reset: (B, T) bool; True empties the state before the token.
+        mask: (B, T) bool; False leaves the state untouched, and h there repeats it.
+        reverse: run from the last token to the first.
+        backend: `native`, `fused`, `chunked` or `reference`; chosen by device and dtype when None.
+
+    Returns:
+        h: (B, T, D) in the dtype of `b`.
+        state: (B, D), the last h, in float32 or wider. Both are differentiable.
+
+    Raises:
+        ValueError: shapes that do not fit, or a backend that cannot serve the call.
+    """
+    if b.ndim != 3:
+        raise ValueError(f"b is {tuple(b.shape)}; scan takes (B, T, D)")
+    B, T, D = b.shape
+    a = torch.broadcast_to(a, b.shape)
+    if a.is_complex() != b.is_complex():
+        raise ValueError(f"a is {a.dtype} and b is {b.dtype}; both must be real, or both complex")
+    if reset is not None:
+        check_shape("reset", reset.shape, (B, T), "(B, T)")
+        a = torch.where(reset[..., None], 0, a)
+    if mask is not None:
+        check_shape("mask", mask.shape, (B, T), "(B, T)")
+        a, b = torch.where(mask[..., None], a, 1), torch.where(mask[..., None], b, 0)
+    wide = accumulator(torch.promote_types(a.dtype, b.dtype))
+    if initial_state is None:
+        initial_state = torch.zeros(B, D, device=b.device, dtype=wide)
+    check_shape("initial_state", initial_state.shape, (B, D), "(B, D)")
+    chosen = choose("scan", b, backend)
+    given, initial_state = b.dtype, initial_state.to(wide)
+    if chosen != "fused":  # which widens in registers
+        a, b = a.to(wide), b.to(wide)
+    if chosen == "reference":
+        h, state = reference_scan(a, b, initial_state, reverse)
+    else:
+        h, state = _scan(a, b, initial_state, reverse, chosen)
+    return h.to(given), state
+
+
+@torch.library.custom_op("seqzoo::scan", mutates_args=())
+def _scan(
+    a: Tensor, b: Tensor, initial_state: Tensor, reverse: bool, backend: str
+) -> tuple[Tensor, Tensor]:
+    h, state = _module(backend).forward(a, b, initial_state, reverse)
+    return h, state
+
+
+@_scan.register_fake
+def _(
+    a: Tensor, b: Tensor, initial_state: Tensor, reverse: bool, backend: str
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(b, memory_format=torch.contiguous_format), torch.empty_like(
+        initial_state, memory_format=torch.contiguous_format
+    )
+
+
+@torch.library.custom_op("seqzoo::scan_backward", mutates_args=())
+def _scan_backward(
+    a: Tensor,
+    h: Tensor,
+    initial_state: Tensor,
+    dh: Tensor,
+    dstate: Tensor,
+    reverse: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    da, db, dstart = _module(backend).backward(a, h, initial_state, dh, dstate, reverse)
+    return da, db, dstart
+
+
+@_scan_backward.register_fake
+def _(
+    a: Tensor,
+    h: Tensor,
+    initial_state: Tensor,
+    dh: Tensor,
+    dstate: Tensor,
+    reverse: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    da = torch.empty_like(h, memory_format=torch.contiguous_format)
+    start = torch.empty_like(initial_state, memory_format=torch.contiguous_format)
+    return da, torch.empty_like(da), start
+
+
+def _save(ctx, inputs, output) -> None:  # noqa: ANN001  # torch's own types
+    a, _, initial_state, ctx.reverse, ctx.backend = inputs
+    ctx.save_for_backward(a, output[0], initial_state)
+
+
+def _differentiate(ctx, dh: Tensor, dstate: Tensor):  # noqa: ANN001, ANN202
+    a, h, initial_state = ctx.saved_tensors
+    return *_scan_backward(a, h, initial_state, dh, dstate, ctx.reverse, ctx.backend), None, None
+
+
+_scan.register_autograd(_differentiate, setup_context=_save)
+
+
+def _module(backend: str) -> ModuleType:
+    return import_module(f"{__name__}.{backend}")

@@ -1,0 +1,34 @@
+"""The diagonal recurrence through `native.c`."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from seqzoo.kernels.native import REALS, build, call
+
+SOURCE = Path(__file__).with_name("native.c").read_text()
+
+
+def forward(a: Tensor, b: Tensor, initial_state: Tensor, reverse: bool) -> tuple[Tensor, Tensor]:
+    """See `seqzoo.kernels.scan.scan`; all tensors share one real dtype."""
+    a, b, start = a.contiguous(), b.contiguous(), initial_state.contiguous()
+    h, state = torch.empty_like(b), torch.empty_like(start)
+    B, T, D = b.shape
+    library = build(SOURCE, REALS[b.dtype])
+    threads = torch.get_num_threads()
+    call(library, "scan_forward", a, b, start, h, state, B, T, D, int(reverse), threads)
+    return h, state
+
+
+def backward(
+    a: Tensor, h: Tensor, initial_state: Tensor, dh: Tensor, dstate: Tensor, reverse: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of a, b and the initial state."""
+    given = [x.contiguous() for x in (a, h, initial_state, dh, dstate)]
+    da, db, dstart = torch.empty_like(given[1]), torch.empty_like(given[1]), torch.empty_like(given[2])
+    B, T, D = h.shape
+    library = build(SOURCE, REALS[h.dtype])
+    threads = torch.get_num_threads()
+    call(library, "scan_backward", *given, da, db, dstart, B, T, D, int(reverse), threads)
+    return da, db, dstart

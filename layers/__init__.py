@@ -1,0 +1,122 @@
+"""The catalogue: one line a mixer, `name -> "module:Class"`, imported on use.
+
+A name with a colon is itself a path, so anybody's mixer works from YAML: `my_pkg.mod:MyMixer`.
+"""
+
+import inspect
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+from seqzoo.kernels.errors import unknown
+from seqzoo.layers.base import Caps, Mixer
+
+CATALOGUE: dict[str, str] = {
+    # attention
+    "attention": "seqzoo.layers.attention:Attention",
+    # state-space models and recurrences
+    "mamba": "seqzoo.layers.mamba:Mamba",
+    "mamba2": "seqzoo.layers.mamba2:Mamba2",
+    "rg_lru": "seqzoo.layers.rg_lru:RGLRU",
+    "s4d": "seqzoo.layers.s4d:S4D",
+    # linear attention
+    "gla": "seqzoo.layers.gla:GLA",
+    # long convolutions
+    "hyena": "seqzoo.layers.hyena:Hyena",
+    # channel mixers
+    "mlp": "seqzoo.layers.mlp:MLP",
+    "rwkv_channel": "seqzoo.layers.rwkv_channel:RWKVChannel",
+    "swiglu": "seqzoo.layers.mlp:SwiGLU",
+    "switch": "seqzoo.layers.switch:Switch",
+}
+
+
+@dataclass(frozen=True)
+class MixerInfo:
+    """What is known of a mixer without building it."""
+
+    name: str
+    caps: Caps
+    kind: str
+    paper: str
+    kernel: str
+    options: dict[str, Any]
+    summary: str
+
+
+def mixer_class(name: str) -> type[Mixer]:
+    """The class behind a catalogue name or a `module:Class` path.
+
+    Raises:
+        ValueError: no such name, module or class; the message lists what there is.
+    """
+    path = name if ":" in name else CATALOGUE.get(name)
+    if path is None:
+        raise unknown("mixer", name, CATALOGUE)
+    module, _, attribute = path.partition(":")
+    try:
+        found = getattr(import_module(module), attribute)
+    except (ModuleNotFoundError, AttributeError) as error:
+        raise ValueError(f"mixer {name!r} cannot be imported: {error}") from error
+    if not (isinstance(found, type) and issubclass(found, Mixer)):
+        raise ValueError(f"mixer {name!r} is not a Mixer class; see seqzoo.layers.base")
+    return found
+
+
+def mixer_info(name: str) -> MixerInfo:
+    """Name, capabilities, paper, kernel, options with their defaults, and a line of summary."""
+    cls = mixer_class(name)
+    summary = (inspect.getdoc(cls) or "").partition("\n")[0]
+    return MixerInfo(name, cls.caps, cls.kind, cls.paper, cls.kernel, _options(cls), summary)
+
+
+def list_mixers(
+    causal: bool | None = None, state: str | None = None, kind: str | None = None
+) -> list[str]:
+    """Sorted names of the catalogue.
+
+    Args:
+        causal: True keeps those a decoder can use, False those that can run bidirectionally
+            themselves.
+        state: `constant`, `window`, `growing` or `none`.
+        kind: `sequence` or `channel`.
+
+    Raises:
+        ValueError: no such state or kind.
+    """
+    if state is not None and state not in (states := ("constant", "window", "growing", "none")):
+        raise unknown("state", state, states)
+    if kind is not None and kind not in (kinds := ("sequence", "channel")):
+        raise unknown("kind", kind, kinds)
+    infos = [mixer_info(name) for name in sorted(CATALOGUE)]
+    return [i.name for i in infos if _matches(i, causal, state, kind)]
+
+
+def create_mixer(name: str, d_model: int, **options: Any) -> Mixer:  # noqa: ANN401
+    """Build a mixer by name: `create_mixer("mamba2", d_model=256, d_state=64)`.
+
+    Raises:
+        ValueError: an unknown name or option, or a value that the mixer refuses.
+    """
+    cls = mixer_class(name)
+    allowed = _options(cls)
+    for option in options:
+        if option not in allowed:
+            raise unknown(f"option of mixer {name!r} named", option, allowed)
+    return cls(d_model, **options)  # type: ignore[call-arg]  # each mixer has its own options
+
+
+def _options(cls: type[Mixer]) -> dict[str, Any]:
+    parameters = inspect.signature(cls).parameters.values()
+    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+
+def _matches(
+    info: MixerInfo, causal: bool | None, state: str | None, kind: str | None
+) -> bool:
+    fits = info.caps.causality != "none" if causal else info.caps.bidirectional
+    return (
+        (causal is None or fits)
+        and (state is None or info.caps.state == state)
+        and (kind is None or info.kind == kind)
+    )
