@@ -8,8 +8,7 @@ that have such a backend and the calls it can serve.
 
 import importlib.util
 import os
-import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cache
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 from seqzoo.kernels.errors import unknown
+from seqzoo.kernels.native import works
 
 NAMES = ("native", "fused", "chunked", "reference")
 
@@ -29,7 +29,7 @@ class Backend:
     name: str
     devices: tuple[str, ...] = ()
     dtypes: tuple[torch.dtype, ...] = ()
-    needs: tuple[str, ...] = ()  # "compiler", "triton", or a package
+    needs: tuple[str, ...] = ()  # "compiler" (one that works), "triton", or a package
     lacks: frozenset[str] = field(default_factory=frozenset)  # features of a call it cannot serve
 
     def refusal(self, device: str, dtype: torch.dtype, features: Sequence[str]) -> str:
@@ -71,9 +71,16 @@ def choose(
     return _prefer(kernel, device, x.dtype, features)
 
 
-# What is installed does not change within a process, so torch.compile may take the answers of the
-# next two functions as constants instead of tracing the search.
-@torch.compiler.assume_constant_result
+def _constant(function: Callable[..., str]) -> Callable[..., str]:
+    """Let torch.compile take the answer as a constant: what is installed does not change.
+
+    It is torch.compiler.assume_constant_result, which would import the whole compiler (a second).
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@_constant
 def _demand(
     kernel: str, requested: str, device: str, dtype: torch.dtype, features: tuple[str, ...]
 ) -> str:
@@ -90,13 +97,15 @@ def _demand(
     return requested
 
 
-@torch.compiler.assume_constant_result
+@_constant
 def _prefer(kernel: str, device: str, dtype: torch.dtype, features: tuple[str, ...]) -> str:
     preferred = os.environ.get("SEQZOO_BACKEND", "")
     if preferred and preferred not in NAMES:
         raise unknown("backend in SEQZOO_BACKEND", preferred, NAMES)
     for backend in sorted(BACKENDS[kernel], key=lambda b: b.name != preferred):
-        if not backend.refusal(device, dtype, features):
+        # The interpreter checks kernels, a thousand times too slow to be anybody's default.
+        wanted = backend.name == preferred or "triton" not in backend.needs or not interpreting()
+        if wanted and not backend.refusal(device, dtype, features):
             return backend.name
     raise ValueError(f"no backend of {kernel} takes {_short(dtype)} on {device}")
 
@@ -104,18 +113,12 @@ def _prefer(kernel: str, device: str, dtype: torch.dtype, features: tuple[str, .
 def missing(need: str) -> str:
     """Why `need` cannot be used on this machine; empty when it can."""
     if need == "compiler":
-        return "" if compiler() else "no C compiler (cc, gcc or clang) on the PATH"
+        return works()
     if not _installed(need):
         return f"the package {need} is not installed"
     if need == "triton" and not (torch.cuda.is_available() or interpreting()):
         return "no GPU"
     return ""
-
-
-@cache
-def compiler() -> str | None:
-    """Path of the machine's C compiler."""
-    return next((path for name in ("cc", "gcc", "clang") if (path := shutil.which(name))), None)
 
 
 def interpreting() -> bool:

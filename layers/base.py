@@ -152,12 +152,22 @@ class Mixer(nn.Module):
 
     A subclass gives `caps`, `paper`, `kernel`, a constructor `(d_model, *, options...)`, `forward`,
     `init_state` when it has a state, `reset_parameters` and `cost`.
+
+    Attributes:
+        caps: what it promises; set again in the constructor where an option decides.
+        kind: what it mixes: tokens (`sequence`) or the channels of each token (`channel`).
+        paper: arXiv id.
+        kernel: the kernel it is built around; empty when it needs none.
+        variants: sets of options that the contract suite holds it to, besides the defaults.
+        ssm_parameters: names of its parameters that train at a lower rate without weight decay.
     """
 
     caps = Caps()
     kind: ClassVar[Literal["sequence", "channel"]] = "sequence"
     paper: ClassVar[str] = ""
     kernel: ClassVar[str] = ""
+    variants: ClassVar[tuple[dict[str, Any], ...]] = ()
+    ssm_parameters: ClassVar[tuple[str, ...]] = ()
     d_model: int
 
     def forward(

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from seqzoo.kernels.native import REALS, build, call
+from seqzoo.kernels.native import REALS, build, call, threads
 
 SOURCE = Path(__file__).with_name("native.c").read_text()
 
@@ -16,8 +16,8 @@ def forward(a: Tensor, b: Tensor, initial_state: Tensor, reverse: bool) -> tuple
     h, state = torch.empty_like(b), torch.empty_like(start)
     B, T, D = b.shape
     library = build(SOURCE, REALS[b.dtype])
-    threads = torch.get_num_threads()
-    call(library, "scan_forward", a, b, start, h, state, B, T, D, int(reverse), threads)
+    shape = (B, T, D, int(reverse), threads(h.numel()))
+    call(library, "scan_forward", a, b, start, h, state, *shape)
     return h, state
 
 
@@ -26,9 +26,9 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of a, b and the initial state."""
     given = [x.contiguous() for x in (a, h, initial_state, dh, dstate)]
-    da, db, dstart = torch.empty_like(given[1]), torch.empty_like(given[1]), torch.empty_like(given[2])
+    da, db, dstart = (torch.empty_like(x) for x in (given[1], given[1], given[2]))
     B, T, D = h.shape
     library = build(SOURCE, REALS[h.dtype])
-    threads = torch.get_num_threads()
-    call(library, "scan_backward", *given, da, db, dstart, B, T, D, int(reverse), threads)
+    shape = (B, T, D, int(reverse), threads(h.numel()))
+    call(library, "scan_backward", *given, da, db, dstart, *shape)
     return da, db, dstart

@@ -1,0 +1,84 @@
+"""The causal depthwise convolution of a few taps, with a tail carried from pass to pass.
+
+Carries the local mixing of Mamba, Mamba-2, RG-LRU, H3, Hyena and the delta rules, and token shift.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import silu
+
+from seqzoo.kernels.dispatch import Backend, accumulator, choose, declare, full_precision
+from seqzoo.kernels.errors import check_shape, unknown
+from seqzoo.kernels.short_conv.chunked import short_conv as chunked_short_conv
+from seqzoo.kernels.short_conv.reference import short_conv as reference_short_conv
+
+declare("short_conv", Backend("chunked"), Backend("reference"))
+
+
+def short_conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str | None = None,
+    initial_state: Tensor | None = None,
+    reset: Tensor | None = None,
+    mask: Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """y_t = act(bias + sum_j weight[:, W-1-j] x_{t-j}), j = 0 ... W-1.
+
+    O(T W) time. The last column of `weight` meets the newest token, as in `nn.Conv1d`. Gu and Dao,
+    "Mamba", arXiv:2312.00752, section 3.4; Fu et al., "H3", arXiv:2212.14052, section 3.1.
+
+    Args:
+        x: (B, T, D), any real floating dtype; sums are float32 or wider.
+        weight: (D, W), W >= 1.
+        bias: (D,); zero when None.
+        activation: None or `silu`.
+        initial_state: the W - 1 inputs before the first token, oldest first, (B, W-1, D); zeros
+            when None.
+        reset: (B, T) bool; True puts zeros before the token.
+        mask: (B, T) bool; a token where it is False is skipped, and y there is 0. `reset` is never
+            True there.
+        backend: `chunked` or `reference`; `chunked` when None.
+
+    Returns:
+        y: (B, T, D) in the dtype of `x`.
+        tail: (B, W-1, D), the last W - 1 unmasked inputs as they came, zeros where the document has
+            fewer; in the dtype of `x`, or that of `initial_state` when wider. Both are
+            differentiable.
+
+    Raises:
+        ValueError: shapes that do not fit, an unknown activation, or a backend that cannot serve
+            the call.
+    """
+    if x.ndim != 3:
+        raise ValueError(f"x is {tuple(x.shape)}; short_conv takes (B, T, D)")
+    B, T, D = x.shape
+    if weight.ndim != 2 or weight.shape[1] < 1:
+        raise ValueError(f"weight is {tuple(weight.shape)}; short_conv takes (D, W), W >= 1")
+    W = weight.shape[1]
+    check_shape("weight", weight.shape, (D, W), "(D, W)")
+    if bias is not None:
+        check_shape("bias", bias.shape, (D,), "(D,)")
+    if activation not in (None, "silu"):
+        raise unknown("activation of short_conv named", activation, ("silu",))
+    for name, flags in (("reset", reset), ("mask", mask)):
+        if flags is not None:
+            check_shape(name, flags.shape, (B, T), "(B, T)")
+    if initial_state is None:
+        initial_state = x.new_zeros(B, W - 1, D)
+    check_shape("initial_state", initial_state.shape, (B, W - 1, D), "(B, W-1, D)")
+    chosen = choose("short_conv", x, backend)
+    run = reference_short_conv if chosen == "reference" else chunked_short_conv
+    wide = accumulator(torch.promote_types(x.dtype, weight.dtype))
+    bias = weight.new_zeros(D) if bias is None else bias
+    if mask is not None:
+        x = torch.where(mask[..., None], x, 0)
+    with full_precision(x):
+        y, tail = run(
+            x.to(wide), weight.to(wide), bias.to(wide), initial_state.to(wide), reset, mask
+        )
+        y = silu(y) if activation == "silu" else y
+    return y.to(x.dtype), tail.to(torch.promote_types(x.dtype, initial_state.dtype))
