@@ -90,10 +90,9 @@ def _demand(
         raise unknown(f"backend of {kernel} named", requested, by_name)
     reason = by_name[requested].refusal(device, dtype, features)
     if reason:
-        able = [b.name for b in backends if not b.refusal(device, dtype, features)]
-        raise ValueError(
-            f"backend {requested!r} of {kernel} cannot serve this: {reason}; use {' or '.join(able)}"
-        )
+        able = [b.name for b in backends if not (_slow(b) or b.refusal(device, dtype, features))]
+        hint = f"; use {' or '.join(able)}" if able else ""
+        raise ValueError(f"backend {requested!r} of {kernel} cannot serve this: {reason}{hint}")
     return requested
 
 
@@ -103,8 +102,7 @@ def _prefer(kernel: str, device: str, dtype: torch.dtype, features: tuple[str, .
     if preferred and preferred not in NAMES:
         raise unknown("backend in SEQZOO_BACKEND", preferred, NAMES)
     for backend in sorted(BACKENDS[kernel], key=lambda b: b.name != preferred):
-        # The interpreter checks kernels, a thousand times too slow to be anybody's default.
-        wanted = backend.name == preferred or "triton" not in backend.needs or not interpreting()
+        wanted = backend.name == preferred or not _slow(backend)
         if wanted and not backend.refusal(device, dtype, features):
             return backend.name
     raise ValueError(f"no backend of {kernel} takes {_short(dtype)} on {device}")
@@ -136,6 +134,11 @@ def full_precision(x: Tensor) -> AbstractContextManager[object]:
     """No autocast inside: kernels decide their own precision."""
     device = "cpu" if x.device.type == "meta" else x.device.type
     return torch.autocast(device, enabled=False)
+
+
+def _slow(backend: Backend) -> bool:
+    """Whether it would run under the interpreter: there to be checked, and nobody's default."""
+    return "triton" in backend.needs and interpreting()
 
 
 @cache

@@ -261,7 +261,7 @@ class Recompute(Mixer):
         if given.document.shape[1]:
             document = document + given.document.amax(1, keepdim=True)
         seen = Seen(
-            torch.cat([given.x.to(x.dtype), x], dim=1),
+            torch.cat([given.x.to(x.dtype), torch.where(mask[..., None], x, 0)], dim=1),
             torch.cat([given.mask, mask], dim=1),
             torch.cat([given.document, document], dim=1),
         )

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, softplus
 
+from seqzoo.kernels.dispatch import accumulator
 from seqzoo.kernels.errors import check_positive, not_divisible
 from seqzoo.kernels.scan import scan
 from seqzoo.kernels.short_conv import short_conv
@@ -21,11 +22,11 @@ from seqzoo.layers.base import Caps, Context, Cost, Mixer, State
 
 
 class RGLRUState(NamedTuple):
-    """Tail of the convolution (B, W-1, R), recurrent state (B, R), index of the next token (B,)."""
+    """Tail of the convolution (B, W-1, R), recurrent state (B, R), tokens of the document (B,)."""
 
     tail: Tensor
     h: Tensor
-    index: Tensor
+    seen: Tensor
 
 
 class RGLRU(Mixer):
@@ -42,6 +43,8 @@ class RGLRU(Mixer):
     caps = Caps(state="constant")
     paper = "arXiv:2402.19427"
     kernel = "scan"
+    variants = ({"width": 24, "n_heads": 3, "d_conv": 1, "bias": False},)
+    ssm_parameters = ("decay_param",)
 
     def __init__(
         self,
@@ -70,11 +73,15 @@ class RGLRU(Mixer):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """LeCun-normal gates and convolution; |a| at r = 1 uniform in [0.9, 0.999] squared."""
+        """As published: normal gates, a small convolution, a at r = 1 in [0.9, 0.999].
+
+        The square of that a is uniform, as by area on a ring. This is the paper's range; the
+        authors' code gives it to a at r = 1/8. The projections start as `nn.Linear` does.
+        """
         block = self.width // self.n_heads
         nn.init.normal_(self.gate_weight, std=block**-0.5)
         nn.init.zeros_(self.gate_bias)
-        nn.init.normal_(self.conv_weight, std=self.conv_weight.shape[1] ** -0.5)
+        nn.init.normal_(self.conv_weight, std=0.1 * self.conv_weight.shape[1] ** -0.5)
         nn.init.zeros_(self.conv_bias)
         with torch.no_grad():
             square = torch.empty_like(self.decay_param).uniform_(0.9**2 + 1e-8, 0.999**2 + 1e-8)
@@ -107,11 +114,12 @@ class RGLRU(Mixer):
         return y, RGLRUState(tail, last, ctx.next_index(index, start))
 
     def _gates(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        """log a and i * u, in float32 or wider."""
-        blocks = u.unflatten(-1, (self.n_heads, -1))
+        """The logarithm of a, and i * u, in float32 or wider."""
+        wide = accumulator(u.dtype)
+        blocks = u.reshape(*u.shape[:2], self.n_heads, self.width // self.n_heads)
         gates = torch.einsum("bthi,ghij->gbthj", blocks, self.gate_weight.to(u.dtype)).flatten(-2)
-        r, i = torch.sigmoid(gates + self.gate_bias[:, None, None])
-        return -8 * softplus(self.decay_param) * r, i * u
+        r, i = torch.sigmoid(gates.to(wide) + self.gate_bias[:, None, None].to(wide))
+        return -8 * softplus(self.decay_param.to(wide)) * r, i * u
 
     def init_state(
         self,
@@ -140,5 +148,6 @@ class RGLRU(Mixer):
 
 def _sqrt(x: Tensor) -> Tensor:
     """The square root, its slope bounded by 1000 as the authors do: 1 - a^2 may be next to 0."""
-    bounded = x.clamp(min=0.25e-6).sqrt()
+    edge = 0.25e-6  # where the slope is 1000
+    bounded = x.clamp(min=edge).sqrt() + 1000 * (x.clamp(max=edge) - edge)
     return bounded + (x.sqrt() - bounded).detach()

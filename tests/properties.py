@@ -225,7 +225,7 @@ def padding(case: Case) -> None:
 
 def packing(case: Case) -> None:
     mixer = case.build()
-    lengths = (1, 7, 2, 15)
+    lengths = (1, 7, 15, 2)  # the last is shorter than any convolution
     ids = torch.repeat_interleave(torch.tensor([5, 2, 9, 2]), torch.tensor(lengths)).expand(2, -1)
     x = tokens(2, 25, D).requires_grad_()
     weight = tokens(2, 25, D, seed=5)
@@ -238,8 +238,8 @@ def packing(case: Case) -> None:
     if mixer.caps.causality == "none":
         return
     more = tokens(2, 4, D, seed=6)
-    last = mixer(x[:, -15:], mixer.init_state(2))[1]
-    for cut in (0, 4, 8, 10, 24):
+    last = mixer(x[:, -2:], mixer.init_state(2))[1]
+    for cut in (0, 4, 8, 9, 23, 24):
         state = mixer.init_state(2)
         first, state = mixer(x[:, :cut], state, Context(document=ids[:, :cut]))
         before = ids[:, cut - 1] if cut else None
@@ -302,10 +302,12 @@ def differentiated(mixer: Mixer) -> dict[str, Tensor]:
     streams = mixer.caps.causality != "none"
     state = mixer(tokens(2, 5, D, seed=8).to(dtype), mixer.init_state(2))[1] if streams else None
     if state:
-        state = type(state)(*(
-            s.detach().requires_grad_() if s.is_floating_point() or s.is_complex() else s
-            for s in state
-        ))
+        state = type(state)(
+            *(
+                s.detach().requires_grad_() if s.is_floating_point() or s.is_complex() else s
+                for s in state
+            )
+        )
     y, after = mixer(x, state)
     results = {"output": y}
     results |= {f"state {i}": s for i, s in enumerate(floats(after))}
@@ -344,14 +346,16 @@ def gradients(case: Case) -> None:
         carried = iter(rest[len(names) :])
         start = None
         if streams:
-            start = state and type(state)(*(
-                next(carried) if s.is_floating_point() or s.is_complex() else s for s in state
-            ))
+            start = state and type(state)(
+                *(next(carried) if s.is_floating_point() or s.is_complex() else s for s in state)
+            )
         y, after = functional_call(mixer, parameters, (x, start))
         return (y, *(f for f in floats(after) if f.requires_grad))
 
     x = tokens(2, 5, 16, dtype=torch.float64, seed=2).requires_grad_()
-    assert torch.autograd.gradcheck(run, (x, *values, *given), fast_mode=True, nondet_tol=0.0)
+    assert torch.autograd.gradcheck(
+        run, (x, *values, *given), fast_mode=True, atol=1e-8, nondet_tol=0.0
+    )
 
 
 def truncation(case: Case) -> None:
@@ -399,8 +403,10 @@ def exports(case: Case) -> None:
 
 # 8 --------------------------------------------------------------------------------------------
 
-# A mixer rounds at each of its projections, not once: three times the budget of a kernel, twice.
-AUTOCAST = {torch.bfloat16: 6 * 4e-3, torch.float16: 6 * 5e-4}
+# Autocast rounds the input, the weights and the output of each projection, and a mixer multiplies
+# what four or five of them give: eight times the budget of a kernel, which rounds once. Over the
+# whole catalogue the worst row is at 3.1e-3 in float16.
+AUTOCAST = {torch.bfloat16: 8 * 4e-3, torch.float16: 8 * 5e-4}
 
 
 def half_precision(case: Case) -> None:
@@ -518,3 +524,24 @@ def constancy(case: Case) -> None:
             state = mixer(tokens(1, end - start, D), state)[1]
         sizes.add(state_bytes(state))
     assert len(sizes) == 1, f"declared {mixer.caps.state}, but it held {sorted(sizes)} bytes"
+
+
+CHECKS = (
+    shapes,
+    causality,
+    prefix,
+    law,
+    padding,
+    packing,
+    gradients,
+    truncation,
+    compiles,
+    exports,
+    half_precision,
+    extremes,
+    rows,
+    determinism,
+    initialises,
+    costs,
+    constancy,
+)

@@ -3,28 +3,9 @@
 import pytest
 
 from tests import properties
-from tests.properties import Case, catalogue
+from tests.properties import CHECKS, Case, catalogue
 
 CASES = catalogue()
-CHECKS = (
-    properties.shapes,
-    properties.causality,
-    properties.prefix,
-    properties.law,
-    properties.padding,
-    properties.packing,
-    properties.gradients,
-    properties.truncation,
-    properties.compiles,
-    properties.exports,
-    properties.half_precision,
-    properties.extremes,
-    properties.rows,
-    properties.determinism,
-    properties.initialises,
-    properties.costs,
-    properties.constancy,
-)
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)

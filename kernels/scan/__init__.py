@@ -6,6 +6,7 @@ stepping of S4D and DSS.
 
 from importlib import import_module
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,7 +60,12 @@ def scan(
     if b.ndim != 3:
         raise ValueError(f"b is {tuple(b.shape)}; scan takes (B, T, D)")
     B, T, D = b.shape
-    a = torch.broadcast_to(a, b.shape)
+    try:
+        a = torch.broadcast_to(a, b.shape)
+    except RuntimeError as error:
+        raise ValueError(
+            f"a is {tuple(a.shape)} and does not broadcast to b {(B, T, D)}"
+        ) from error
     if a.is_complex() != b.is_complex():
         raise ValueError(f"a is {a.dtype} and b is {b.dtype}; both must be real, or both complex")
     if reset is not None:
@@ -72,8 +78,10 @@ def scan(
     if initial_state is None:
         initial_state = torch.zeros(B, D, device=b.device, dtype=wide)
     check_shape("initial_state", initial_state.shape, (B, D), "(B, D)")
-    chosen = choose("scan", b, backend)
     given, initial_state = b.dtype, initial_state.to(wide)
+    if wide != torch.float32:
+        a, b = a.to(wide), b.to(wide)
+    chosen = choose("scan", b, backend)
     if chosen != "fused":  # which widens in registers
         a, b = a.to(wide), b.to(wide)
     if chosen == "reference":
@@ -124,17 +132,18 @@ def _(
     reverse: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    da = torch.empty_like(h, memory_format=torch.contiguous_format)
-    start = torch.empty_like(initial_state, memory_format=torch.contiguous_format)
-    return da, torch.empty_like(da), start
+    da, db, dstart = (
+        torch.empty_like(x, memory_format=torch.contiguous_format) for x in (a, h, initial_state)
+    )
+    return da, db, dstart
 
 
-def _save(ctx, inputs, output) -> None:  # noqa: ANN001  # torch's own types
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:  # noqa: ANN401
     a, _, initial_state, ctx.reverse, ctx.backend = inputs
     ctx.save_for_backward(a, output[0], initial_state)
 
 
-def _differentiate(ctx, dh: Tensor, dstate: Tensor):  # noqa: ANN001, ANN202
+def _differentiate(ctx: Any, dh: Tensor, dstate: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
     a, h, initial_state = ctx.saved_tensors
     return *_scan_backward(a, h, initial_state, dh, dstate, ctx.reverse, ctx.backend), None, None
 

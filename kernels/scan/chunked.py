@@ -31,7 +31,8 @@ def backward(
     g = dstate.clone()
     a, h = a.conj().resolve_conj(), h.conj().resolve_conj()  # no copy when real
     start = initial_state.conj().resolve_conj()
-    before = [start, *h.unbind(1)[:-1]] if not reverse else [*h.unbind(1)[1:], start]
+    T = h.shape[1]
+    before = ([*h.unbind(1)[1:], start] if reverse else [start, *h.unbind(1)])[:T]
     steps = list(zip(*(x.unbind(1) for x in (a, dh, da, db)), before, strict=True))
     for a_t, dh_t, da_t, db_t, h_before in steps if reverse else reversed(steps):
         torch.add(g, dh_t, out=db_t)

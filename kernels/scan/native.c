@@ -1,13 +1,13 @@
 /* The diagonal recurrence h_t = a_t h_{t-1} + b_t and its gradients, channels last.
  *
  * REAL is float or double, set by the compiler's command line. The inner loops run over channels,
- * which are contiguous, so the compiler turns each into vector code; a row of channels is short
- * enough for the carried state to stay in the first-level cache. Rows of the batch and blocks of
- * channels are independent: threads share those. No headers: any C compiler will do. */
+ * which are contiguous, so the compiler turns each into vector code; a block of channels is short
+ * enough for what one step hands to the next to stay in the first-level cache. Rows of the batch
+ * and blocks of channels are independent: threads share those. No headers: any C compiler will do. */
 
 typedef long long i64;
 
-#define BLOCK 256 /* channels a task: 1 KiB of carried state in float32 */
+#define BLOCK 256 /* channels a task: 1 KiB a step in float32 */
 
 static i64 smaller(i64 x, i64 y) { return x < y ? x : y; }
 
@@ -18,15 +18,15 @@ void scan_forward(const REAL *a, const REAL *b, const REAL *start, REAL *h, REAL
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (i64 task = 0; task < tasks; task++) {
         i64 row = task / blocks, first = task % blocks * BLOCK, n = smaller(BLOCK, D - first);
-        REAL carry[BLOCK];
-        for (i64 d = 0; d < n; d++) carry[d] = start[row * D + first + d];
+        const REAL *before = start + row * D + first; /* h of the last step, still in the cache */
         for (i64 i = 0; i < T; i++) {
             i64 t = reverse ? T - 1 - i : i, at = (row * T + t) * D + first;
             const REAL *restrict a_t = a + at, *restrict b_t = b + at;
             REAL *restrict h_t = h + at;
-            for (i64 d = 0; d < n; d++) h_t[d] = carry[d] = a_t[d] * carry[d] + b_t[d];
+            for (i64 d = 0; d < n; d++) h_t[d] = a_t[d] * before[d] + b_t[d];
+            before = h_t;
         }
-        for (i64 d = 0; d < n; d++) state[row * D + first + d] = carry[d];
+        for (i64 d = 0; d < n; d++) state[row * D + first + d] = before[d];
     }
 }
 

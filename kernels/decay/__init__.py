@@ -1,0 +1,206 @@
+"""Linear attention with a decaying state: S_t = Diag(w_t) S_{t-1} + k_t v_t^T, o_t = q_t^T S_t.
+
+Carries Linear Transformer, causal Performer, cosFormer, Based, RetNet, Mamba-2, GLA, HGRN2,
+RWKV-5 and -6, mLSTM and lightning attention.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from seqzoo.kernels.decay.chunked import backward as chunked_backward
+from seqzoo.kernels.decay.chunked import chunk_count, step
+from seqzoo.kernels.decay.chunked import forward as chunked_forward
+from seqzoo.kernels.decay.reference import decay as reference_decay
+from seqzoo.kernels.dispatch import Backend, accumulator, choose, declare, full_precision
+from seqzoo.kernels.errors import check_shape, not_divisible, unknown
+
+declare("decay", Backend("chunked"), Backend("reference"))
+
+
+def decay(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None = None,
+    *,
+    bonus: Tensor | None = None,
+    read: str = "after",
+    scale: float = 1.0,
+    initial_state: Tensor | None = None,
+    reset: Tensor | None = None,
+    mask: Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """S_t = Diag(w_t) S_{t-1} + k_t v_t^T, o_t = scale q_t^T S_t, w = exp(log_decay).
+
+    With read="before", o_t = scale q_t^T (S_{t-1} + Diag(bonus) k_t v_t^T). O(T K V) time. Dao and
+    Gu, "Transformers are SSMs", arXiv:2405.21060; Yang et al., "Gated Linear Attention",
+    arXiv:2312.06635; Peng et al., "Eagle and Finch", arXiv:2404.05892.
+
+    Args:
+        q: queries (B, T, Hk, K); Hk divides H: each run of H / Hk value heads shares a q and a k.
+        k: keys (B, T, Hk, K).
+        v: values (B, T, H, V).
+        log_decay: <= 0, -inf included; (B, T, H), (B, T, H, K) for a decay per key channel, or None
+            for none.
+        bonus: (H, K), the weight of the current token, with read="before"; it has none when None.
+        read: `after` the token's own write, or `before` it (and before its decay).
+        scale: factor of the output.
+        initial_state: S before the first token, (B, H, K, V); zero when None.
+        reset: (B, T) bool; True empties the state before the token.
+        mask: (B, T) bool; False leaves the state untouched, and o there means nothing.
+        backend: `chunked` or `reference`; `chunked` when None.
+
+    Returns:
+        o: (B, T, H, V) in the dtype of `v`.
+        state: (B, H, K, V), the last S, in float32 or wider. Both are differentiable.
+
+    Raises:
+        ValueError: shapes that do not fit, an unknown `read`, a bonus with read="after", or a
+            backend that cannot serve the call.
+    """
+    _check(q, k, v, log_decay, bonus, read)
+    B, T, H, V = v.shape
+    for name, flags in (("reset", reset), ("mask", mask)):
+        if flags is not None:
+            check_shape(name, flags.shape, (B, T), "(B, T)")
+    shape = (B, H, k.shape[-1], V)
+    wide = v.dtype
+    for x in (q, k, log_decay, initial_state):
+        wide = wide if x is None else torch.promote_types(wide, x.dtype)
+    wide = accumulator(wide)
+    if initial_state is None:
+        initial_state = torch.zeros(shape, device=v.device, dtype=wide)
+    check_shape("initial_state", initial_state.shape, shape, "(B, H, K, V)")
+    state = initial_state.to(wide)
+    chosen = choose("decay", v, backend)
+    before = read == "before"
+    with full_precision(v):
+        q = q if scale == 1 else q.to(wide) * scale
+        if chosen == "reference":
+            g, u = (x if x is None else x.to(wide) for x in (log_decay, bonus))
+            q, k, values = q.to(wide), k.to(wide), v.to(wide)
+            o, state = reference_decay(q, k, values, g, u, before, state, reset, mask)
+        else:
+            o, state = _vectorised(q, k, v, log_decay, bonus, before, state, reset, mask)
+    return o.to(v.dtype), state
+
+
+def _check(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, bonus: Tensor | None, read: str
+) -> None:
+    if v.ndim != 4 or k.ndim != 4:
+        raise ValueError(f"k is {tuple(k.shape)}, v is {tuple(v.shape)}; decay takes (B, T, H, K)")
+    B, T, H, _ = v.shape
+    Hk, K = k.shape[2:]
+    if H % max(Hk, 1):
+        raise not_divisible("heads of v", H, "heads of k", Hk)
+    check_shape("k", k.shape, (B, T, Hk, K), "(B, T, Hk, K)")
+    check_shape("q", q.shape, (B, T, Hk, K), "(B, T, Hk, K)")
+    if read not in (moments := ("after", "before")):
+        raise unknown("read of decay named", read, moments)
+    if bonus is not None:
+        check_shape("bonus", bonus.shape, (H, K), "(H, K)")
+        if read == "after":
+            raise ValueError('bonus weighs the current token; it needs read="before"')
+    if log_decay is not None and log_decay.ndim == 3:
+        check_shape("log_decay", log_decay.shape, (B, T, H), "(B, T, H)")
+    elif log_decay is not None:
+        check_shape("log_decay", log_decay.shape, (B, T, H, K), "(B, T, H, K)")
+
+
+def _vectorised(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    bonus: Tensor | None,
+    before: bool,
+    state: Tensor,
+    reset: Tensor | None,
+    mask: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Everything said with keys, queries and decays alone, then the chunks."""
+    if bonus is not None:  # used twice: gradients are added before they are rounded
+        q, k, v = (x.to(state.dtype) for x in (q, k, v))
+    T, H, read = v.shape[1], v.shape[2], q
+    if g is None:
+        g = state.new_zeros(v.shape[:3])
+    g = g[..., None] if g.ndim == 3 else g
+    if mask is not None:
+        k = torch.where(mask[..., None, None], k, 0)
+        g = torch.where(mask[..., None, None], g, 0)
+    if reset is not None:
+        g = torch.where(reset[..., None, None], -torch.inf, g)
+        if before:  # what the token reads is empty
+            read = torch.where(reset[..., None, None], 0, read)
+    if v.shape[0] * T == 0:
+        return v, state
+    if T == 1:
+        o, last = step(read, k, v, g, state, before)
+    elif before:  # token t reads what token t - 1 reads after its write
+        o, _ = step(read[:, :1], k[:, :1], v[:, :1], g[:, :1], state, before)
+        late = torch.cat([read[:, 1:], torch.zeros_like(read[:, :1])], dim=1)
+        rest, last, _ = _chunks(late, k, v, g, state)
+        o = torch.cat([o, rest[:, :-1]], dim=1)
+    else:
+        o, last, _ = _chunks(read, k, v, g, state)
+    if bonus is not None:
+        own = (q * k).repeat_interleave(H // k.shape[2], dim=2) * bonus
+        o = o + own.sum(-1, keepdim=True) * v
+    return o, last
+
+
+@torch.library.custom_op("seqzoo::decay", mutates_args=())
+def _chunks(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, initial_state: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    o, states = chunked_forward(q, k, v, g, initial_state)
+    return o, states[-1].clone(), states
+
+
+@_chunks.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, initial_state: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    states = initial_state.new_empty(1 + chunk_count(v.shape[1]), *initial_state.shape)
+    return v.new_empty(v.shape, dtype=states.dtype), states.new_empty(states.shape[1:]), states
+
+
+@torch.library.custom_op("seqzoo::decay_backward", mutates_args=())
+def _chunks_backward(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, states: Tensor, do: Tensor, dstate: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    with full_precision(v):
+        return chunked_backward(q, k, v, g, states, do, dstate)
+
+
+@_chunks_backward.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, states: Tensor, do: Tensor, dstate: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dq, dk, dv, dg = (x.new_empty(x.shape) for x in (q, k, v, g))
+    return dq, dk, dv, dg, dstate.new_empty(dstate.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:  # noqa: ANN401
+    ctx.save_for_backward(*inputs[:4], output[2])
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(
+    ctx: Any,  # noqa: ANN401  # torch's own type
+    do: Tensor | None,
+    dstate: Tensor | None,
+    _: None,
+) -> tuple[Tensor, ...]:
+    q, k, v, g, states = ctx.saved_tensors
+    do = states.new_zeros(v.shape) if do is None else do
+    dstate = states.new_zeros(states.shape[1:]) if dstate is None else dstate
+    dq, dk, dv, dg, dstart = _chunks_backward(q, k, v, g, states, do, dstate)
+    return dq, dk, dv, dg, dstart
+
+
+_chunks.register_autograd(_differentiate, setup_context=_save)

@@ -1,0 +1,105 @@
+"""The causal long convolution, y_t = sum_{s <= t} kernel_{t-s} u_s, with one kernel a channel.
+
+Carries S4, S4D, DSS, H3, Hyena and MEGA.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from seqzoo.kernels.dispatch import Backend, accumulator, choose, declare
+from seqzoo.kernels.errors import check_shape
+from seqzoo.kernels.long_conv.chunked import backward, forward
+from seqzoo.kernels.long_conv.reference import long_conv as reference_long_conv
+
+declare("long_conv", Backend("chunked"), Backend("reference"))
+
+
+def long_conv(
+    u: Tensor,
+    kernel: Tensor,
+    *,
+    skip: Tensor | None = None,
+    document: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """y_t = sum_{s <= t} kernel[:, t - s] u_s + skip u_t.
+
+    O(T log T) time by FFT. The FFT rounds: a future token moves past outputs by some 1e-7 of the
+    largest input, and an infinite or NaN one reaches its whole row. With `document`: O(T log^2 T),
+    and exactly causal, since each FFT goes from earlier tokens to later ones alone.
+    Gu et al., "Efficiently Modeling Long Sequences with Structured State Spaces", arXiv:2111.00396,
+    section 2.4.
+
+    Args:
+        u: (B, T, D), any real floating dtype; half precision is computed in float32.
+        kernel: (D, L), L >= 1; zero beyond L, cut when L > T.
+        skip: (D,) weight of the input itself; none when None.
+        document: (B, T) integers; a change of value from one token to the next starts a document,
+            and no term of the sum crosses into another one.
+        backend: `chunked` (FFT) or `reference` (the explicit sum); `chunked` when None.
+
+    Returns:
+        y: (B, T, D) in the dtype of `u`.
+
+    Raises:
+        ValueError: shapes that do not fit, or a backend that cannot serve the call.
+    """
+    if u.ndim != 3:
+        raise ValueError(f"u is {tuple(u.shape)}; long_conv takes (B, T, D)")
+    B, T, D = u.shape
+    if kernel.ndim != 2 or kernel.shape[1] < 1:
+        raise ValueError(f"kernel is {tuple(kernel.shape)}; long_conv takes (D, L) with L >= 1")
+    check_shape("kernel", kernel.shape, (D, kernel.shape[1]), "(D, L)")
+    if skip is not None:
+        check_shape("skip", skip.shape, (D,), "(D,)")
+    runs = None
+    if document is not None:
+        check_shape("document", document.shape, (B, T), "(B, T)")
+        runs = (document[:, 1:] != document[:, :-1]).cumsum(1)
+        runs = torch.cat([torch.zeros_like(document[:, :1], dtype=runs.dtype), runs], dim=1)
+    given, wide = u.dtype, accumulator(torch.promote_types(u.dtype, kernel.dtype))
+    u, kernel = u.to(wide), kernel[:, : max(T, 1)].to(wide)
+    if choose("long_conv", u, backend) == "reference":
+        y = reference_long_conv(u, kernel, runs)
+    else:
+        y = _long_conv(u, kernel, runs)
+    if skip is not None:
+        y = y + skip.to(wide) * u
+    return y.to(given)
+
+
+@torch.library.custom_op("seqzoo::long_conv", mutates_args=())
+def _long_conv(u: Tensor, kernel: Tensor, runs: Tensor | None) -> Tensor:
+    return forward(u, kernel, runs)
+
+
+@_long_conv.register_fake
+def _(u: Tensor, kernel: Tensor, runs: Tensor | None) -> Tensor:
+    return torch.empty_like(u, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("seqzoo::long_conv_backward", mutates_args=())
+def _long_conv_backward(
+    u: Tensor, kernel: Tensor, runs: Tensor | None, dy: Tensor
+) -> tuple[Tensor, Tensor]:
+    return backward(u, kernel, runs, dy)
+
+
+@_long_conv_backward.register_fake
+def _(u: Tensor, kernel: Tensor, runs: Tensor | None, dy: Tensor) -> tuple[Tensor, Tensor]:
+    du, dkernel = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (u, kernel))
+    return du, dkernel
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ANN401
+    ctx.save_for_backward(*inputs)
+
+
+def _differentiate(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
+    u, kernel, runs = ctx.saved_tensors
+    return *_long_conv_backward(u, kernel, runs, dy), None
+
+
+_long_conv.register_autograd(_differentiate, setup_context=_save)

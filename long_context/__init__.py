@@ -1,0 +1,1 @@
+"""Longer contexts: position schemes, memories beyond the window, extrapolation measured."""
