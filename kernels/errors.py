@@ -1,4 +1,4 @@
-"""How a wrong name or number is refused: one line with what came, what is allowed and the nearest."""
+"""How a wrong name or number is refused: in one line, what came, what is allowed, the nearest."""
 
 from collections.abc import Iterable
 from difflib import get_close_matches

@@ -111,9 +111,7 @@ def _options(cls: type[Mixer]) -> dict[str, Any]:
     return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
 
 
-def _matches(
-    info: MixerInfo, causal: bool | None, state: str | None, kind: str | None
-) -> bool:
+def _matches(info: MixerInfo, causal: bool | None, state: str | None, kind: str | None) -> bool:
     fits = info.caps.causality != "none" if causal else info.caps.bidirectional
     return (
         (causal is None or fits)

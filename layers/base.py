@@ -128,15 +128,14 @@ class Context:
 
     def next_index(self, index: Tensor, start: Tensor | None = None) -> Tensor:
         """(B,) the index that the token after this pass has, given `index(x, start)`."""
-        B, T = index.shape
-        if T == 0:
+        if index.shape[1] == 0:
             return torch.zeros_like(index.sum(1)) if start is None else start
         if self.mask is None:
             return index[:, -1] + 1
         return index[:, -1] + self.mask[:, -1].long()
 
     def flipped(self) -> "Context":
-        """The same pass read from the end; losses, stats and shared values stay the same objects."""
+        """The same pass read from the end; losses, stats and shared values stay the same dicts."""
         turn = [
             None if x is None else x.flip(1)
             for x in (self.mask, self.document, self.positions, self.token_ids)
@@ -299,9 +298,9 @@ class Bidirectional(Mixer):
         super().__init__()
         self.forth, self.back = build(), build()
         if self.forth.caps.causality != "strict":
-            name = type(self.forth).__name__
+            name, causality = type(self.forth).__name__, self.forth.caps.causality
             raise ValueError(
-                f"Bidirectional needs a strictly causal mixer; {name} is {self.forth.caps.causality}"
+                f"Bidirectional needs a strictly causal mixer; {name} is declared {causality!r}"
             )
         self.d_model = self.forth.d_model
 

@@ -1,4 +1,4 @@
-"""The eleven properties of every mixer (tests/test_contract.py runs them, tests/mutations breaks them).
+"""The eleven properties of every mixer: tests/test_contract.py runs them, tests/mutations breaks them.
 
 A check takes a `Case` and raises AssertionError when the mixer breaks its promise. Mixers are built
 with all parameters stirred, so that a bias that starts at zero cannot hide a fault.
@@ -278,21 +278,29 @@ def preferring(backend: str) -> Iterator[None]:
 
 
 def backends(case: Case) -> None:
+    """Each backend in float32 against the definition in float64.
+
+    The projections and norms of a mixer round too, and a norm over a head that is nearly zero
+    magnifies that, so what the plain loop loses in float32 is granted twice on top of the budget
+    (kernels alone are held to the bare budget in tests/kernels). The loop itself must obey the law.
+    """
     mixer = case.build()
     kernel = mixer.kernel
     mixer(tokens(1, 2, D))  # imports the kernel, which declares its backends
-    exact = copy.deepcopy(mixer).double()
     family = "delta" if kernel.startswith("delta") else "default"
     with preferring("reference"):
-        wanted = differentiated(exact)
+        exact = differentiated(copy.deepcopy(mixer).double())
+        plain = {k: relative_error(v, exact[k]) for k, v in differentiated(mixer).items()}
+    for what, error in plain.items():
+        assert error <= case.law, f"the plain loop loses {error:.1e} of {what}"
     for backend in BACKENDS.get(kernel, ()):
         if backend.refusal("cpu", torch.float32, ()) or backend.name == "fused":
             continue
         with preferring(backend.name):
             found = differentiated(mixer)
-        for what, ref in wanted.items():
+        for what, ref in exact.items():
             bound = budget(torch.float32, family, gradient=what.startswith("gradient"))
-            assert_close(found[what].double(), ref, bound, f"{backend.name}: {what}")
+            assert_close(found[what], ref, bound + 2 * plain[what], f"{backend.name}: {what}")
 
 
 def differentiated(mixer: Mixer) -> dict[str, Tensor]:
@@ -404,9 +412,9 @@ def exports(case: Case) -> None:
 # 8 --------------------------------------------------------------------------------------------
 
 # Autocast rounds the input, the weights and the output of each projection, and a mixer multiplies
-# what four or five of them give: eight times the budget of a kernel, which rounds once. Over the
-# whole catalogue the worst row is at 3.1e-3 in float16.
-AUTOCAST = {torch.bfloat16: 8 * 4e-3, torch.float16: 8 * 5e-4}
+# what four or five of them give: six times the budget of a kernel, which rounds once. Of the whole
+# tensor: a norm over a head that is nearly zero makes single rows worse in any implementation.
+AUTOCAST = {torch.bfloat16: 6 * 4e-3, torch.float16: 6 * 5e-4}
 
 
 def half_precision(case: Case) -> None:
@@ -416,7 +424,8 @@ def half_precision(case: Case) -> None:
         with torch.autocast("cpu", dtype):
             found = mixer(x)[0]
         assert found.isfinite().all()
-        assert_close(found.double(), wanted, bound, f"autocast to {dtype}")
+        error = float(((found - wanted).norm() / wanted.norm()).detach())
+        assert error <= bound, f"autocast to {dtype}: {error:.1e} is above {bound:.0e}"
 
 
 def long(case: Case, length: int = 65_536) -> None:

@@ -76,13 +76,13 @@ class SafeCheckpointIO(CheckpointIO):
             hashing = _Hashing(file)
             try:
                 torch.save(checkpoint, hashing)  # type: ignore[arg-type]  # all it does is write
+                file.flush()
+                os.fsync(file.fileno())
             except OSError as error:
                 raise CheckpointError(f"cannot write {target}: {error}") from error
-            file.flush()
             _check_plain(temporary, target)
             seal = Seal(file.tell(), int(checkpoint.get("global_step", -1)), hashing.hexdigest())
             _seal(target, [seal, *_current(target)])
-            os.fsync(file.fileno())
             temporary.replace(target)
         _flush_folder(target.parent)
         _seal(target, [seal])

@@ -91,6 +91,7 @@ def demo(
     d_model: int = 128,
     length: int = 256,
     batch_size: int = 16,
+    max_bytes: int = 4_000_000,
     seed: int = 0,
     progress: bool = True,
 ) -> list[Result]:
@@ -102,11 +103,12 @@ def demo(
         d_model: width.
         length: tokens of a training window; measured up to 8 times as long.
         batch_size: windows of a batch.
+        max_bytes: of the corpus, held-out files included.
         seed: of weights and order.
         progress: show a bar.
     """
     out.mkdir(parents=True, exist_ok=True)
-    data = Stdlib(length=length, batch_size=batch_size, seed=seed)
+    data = Stdlib(max_bytes=max_bytes, length=length, batch_size=batch_size, seed=seed)
     facts = data.describe()
     sys.stdout.write(
         f"data: {facts['bytes']:,} bytes of the standard library of Python {facts['python']}, "
@@ -187,7 +189,7 @@ def measure(module: LanguageModelling, data: Stdlib) -> list[Row]:
     """Bits at 1, 2, 4 and 8 times the training length, on held-out files."""
     lengths = [data.length * times for times in (1, 2, 4, 8)]
     tokens = data.rows["test"].columns["input_ids"].flatten()
-    model = partial(module.network.eval(), use_cache=False)
+    model = partial(module.train(False).network, use_cache=False)
     return extrapolation(model, tokens[: 16 * lengths[-1] + 1], lengths)
 
 

@@ -11,15 +11,17 @@ from abc import abstractmethod
 from typing import Any, Literal
 
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from transformers import PreTrainedModel
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 
 from seqzoo.kernels.errors import check_positive
 from seqzoo.train.optim import build_optimizer, build_schedule, override, parameter_groups
 from seqzoo.train.tokenizer import BOS, EOS, PAD, VOCAB_SIZE
 from seqzoo.zoo.config import DecoderSpec, ZooConfig
-from seqzoo.zoo.model import ZooForCausalLM, ZooForSequenceClassification
+from seqzoo.zoo.model import ZooForCausalLM, ZooForSequenceClassification, ZooPreTrainedModel
 
 Batch = dict[str, Tensor]
 LINKED = ("vocab_size", "n_classes")  # what the data tell the model
@@ -77,11 +79,11 @@ class Training(LightningModule):
             }
         )
         self.decoder = spec
-        self.model: PreTrainedModel | None = None
+        self.model: ZooPreTrainedModel | None = None
         self._clock = _Clock()
 
     @abstractmethod
-    def build(self) -> PreTrainedModel:
+    def build(self) -> ZooPreTrainedModel:
         """The model to train."""
         raise NotImplementedError
 
@@ -91,7 +93,7 @@ class Training(LightningModule):
         raise NotImplementedError
 
     @property
-    def network(self) -> PreTrainedModel:
+    def network(self) -> ZooPreTrainedModel:
         """The model, built when it is not yet."""
         self.configure_model()
         assert self.model is not None
@@ -103,7 +105,9 @@ class Training(LightningModule):
             return
         self.model = self.build()
         if self.hparams["gradient_checkpointing"]:
-            self.model.gradient_checkpointing_enable()
+            # transformers 5.23 gave it another name.
+            new = getattr(self.model, "activation_checkpointing_enable", None)
+            (new or self.model.gradient_checkpointing_enable)()
         if self.hparams["compile"]:
             for entry in self.model.model.entries:
                 entry.compile()  # in place: the names in the state dict stay as they are
@@ -117,12 +121,13 @@ class Training(LightningModule):
         scalars = {k: v for k, v in (out.stats or {}).items() if v.numel() == 1}
         self.log_dict({f"train/{name}": value.float() for name, value in scalars.items()})
         self._clock.tokens += batch["input_ids"].numel()
-        return out.loss
+        loss: Tensor = out.loss
+        return loss
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:  # noqa: ANN401
         """Tokens a second since the last time this was logged."""
-        trainer = self.trainer
-        if trainer.log_every_n_steps and trainer.global_step % trainer.log_every_n_steps == 0:
+        every = getattr(self.trainer, "log_every_n_steps", 0)
+        if every and self.trainer.global_step % every == 0:
             self.log("train/tokens_per_second", self._clock.lap(), prog_bar=True)
 
     def on_validation_end(self) -> None:
@@ -137,7 +142,7 @@ class Training(LightningModule):
         """See `evaluate`."""
         self.evaluate(batch, "test")
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """AdamW and the schedule, advanced once a step."""
         optimizer = build_optimizer(
             self.network, betas=tuple(self.hparams["betas"]), **self._group_settings()
@@ -157,7 +162,9 @@ class Training(LightningModule):
     def on_train_start(self) -> None:
         """What was asked for now beats what a checkpoint brought back."""
         self._clock.lap()
-        optimizer, schedule = self.optimizers(), self.lr_schedulers()
+        optimizer, schedule = self.optimizers(use_pl_optimizer=False), self.lr_schedulers()
+        assert isinstance(optimizer, Optimizer)
+        assert isinstance(schedule, LambdaLR)
         override(optimizer, schedule, parameter_groups(self.network, **self._group_settings()))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -169,7 +176,7 @@ class Training(LightningModule):
     def config(self, **more: Any) -> ZooConfig:  # noqa: ANN401
         """Of the model; ids of special tokens only where bytes are read, which have them fixed."""
         size = self.hparams["vocab_size"]
-        special = {"pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS}
+        special: dict[str, Any] = {"pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS}
         return ZooConfig(
             decoder=self.hparams["decoder"],
             vocab_size=size,
@@ -184,7 +191,7 @@ class Training(LightningModule):
 class LanguageModelling(Training):
     """Predict the next token."""
 
-    def build(self) -> PreTrainedModel:
+    def build(self) -> ZooPreTrainedModel:
         """See `Training.build`."""
         return ZooForCausalLM(self.config())
 
@@ -237,7 +244,7 @@ class Classification(Training):
             )
         self.save_hyperparameters({"n_classes": n_classes})
 
-    def build(self) -> PreTrainedModel:
+    def build(self) -> ZooPreTrainedModel:
         """See `Training.build`."""
         return ZooForSequenceClassification(self.config(num_labels=self.hparams["n_classes"]))
 
@@ -257,7 +264,8 @@ class Classification(Training):
 
     def _logits(self, batch: Batch) -> Tensor:
         inputs = {name: value for name, value in batch.items() if name != "labels"}
-        return self.network(**inputs).logits.float()
+        logits: Tensor = self.network(**inputs).logits.float()
+        return logits
 
 
 class _Clock:

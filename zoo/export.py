@@ -78,9 +78,7 @@ def export(
         (fresh / "README.md").write_text(readme, encoding="utf-8")
         lines = [f"{_digest(file)}  {file.relative_to(fresh)}" for file in _files(fresh)]
         (fresh / SUMS).write_text("\n".join(lines) + "\n", encoding="utf-8")
-        if target.exists():
-            target.rename(Path(scratch) / "earlier")
-        fresh.rename(target)
+        _put_in_place(fresh, target, Path(scratch) / "earlier")
     return target
 
 
@@ -127,6 +125,18 @@ def _check_target(target: Path, overwrite: bool) -> None:
         raise ValueError(f"{target} is no folder, so it is not overwritten")
     if any(target.iterdir()) and not (target / SUMS).is_file():
         raise ValueError(f"{target} is no earlier export, so it is not overwritten")
+
+
+def _put_in_place(fresh: Path, target: Path, earlier: Path) -> None:
+    """Give `fresh` the name `target`; what had it goes to `earlier`, or stays when that fails."""
+    if target.exists():
+        target.rename(earlier)
+    try:
+        fresh.rename(target)
+    except OSError:
+        if earlier.exists():
+            earlier.rename(target)
+        raise
 
 
 def _point_to_code(config_file: Path, model: ZooPreTrainedModel) -> None:

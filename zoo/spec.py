@@ -30,7 +30,7 @@ NORMS = ("rmsnorm", "layernorm")
 CHANNEL_MIXER = "swiglu"  # the second half of the short form
 
 
-class Entry(NamedTuple):
+class EntrySpec(NamedTuple):
     """One entry of the stack: its name in the pattern, the mixer behind it, the mixer's options."""
 
     name: str
@@ -93,13 +93,13 @@ class DecoderSpec:
             self._mixer_of(name)
         with torch.device("meta"), seeded(0):
             self.build_position()
-            tried: list[Entry] = []
+            tried: list[EntrySpec] = []
             for entry in self.resolve():
                 if entry not in tried:
                     self.build(entry)
                     tried.append(entry)
 
-    def resolve(self) -> list[Entry]:
+    def resolve(self) -> list[EntrySpec]:
         """The flat stack, with the decoder's defaults filled into each mixer's options."""
         return [self._entry(name) for name in self.names()]
 
@@ -115,7 +115,7 @@ class DecoderSpec:
             names[index] = name
         return names
 
-    def build(self, entry: Entry) -> Mixer:
+    def build(self, entry: EntrySpec) -> Mixer:
         """The mixer of an entry, ready for this decoder.
 
         Raises:
@@ -170,7 +170,7 @@ class DecoderSpec:
         mixer_class(mixer)
         return str(mixer)
 
-    def _entry(self, name: str) -> Entry:
+    def _entry(self, name: str) -> EntrySpec:
         mixer = self._mixer_of(name)
         options = {key: value for key, value in self.options.get(name, {}).items() if key != "is"}
         takes = mixer_info(mixer).options
@@ -180,7 +180,7 @@ class DecoderSpec:
         given = {k: v for k, v in defaults.items() if k in takes and v is not None}
         if not self.causal and "causal" in takes:
             given["causal"] = False
-        return Entry(name, mixer, {**given, **options})
+        return EntrySpec(name, mixer, {**given, **options})
 
 
 def stack_of(pattern: list[str] | str | None, mixer: str | None = None) -> list[str]:

@@ -8,8 +8,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from seqzoo.layers.base import Context, State
 from seqzoo.zoo.seeds import derive, seeded
-from seqzoo.zoo.spec import DecoderSpec
-from seqzoo.zoo.spec import Entry as Description
+from seqzoo.zoo.spec import DecoderSpec, EntrySpec
 
 
 class Added(NamedTuple):
@@ -34,7 +33,7 @@ class Entry(GradientCheckpointingLayer):  # type: ignore[no-untyped-call]
         seed: of this entry's own random stream.
     """
 
-    def __init__(self, spec: DecoderSpec, entry: Description, seed: int) -> None:
+    def __init__(self, spec: DecoderSpec, entry: EntrySpec, seed: int) -> None:
         super().__init__()
         with seeded(seed):
             self.norm = make_norm(spec)

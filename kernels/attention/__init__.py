@@ -77,11 +77,8 @@ def attention(
     # Half precision is slow without hardware for it; a GPU keeps it and sums in float32.
     if chosen == "reference" or q.device.type == "cpu":
         wide = accumulator(wide)
-    compute = (
-        chunked_attention
-        if chosen == "chunked" and q.numel() and k.numel()
-        else reference_attention
-    )
+    fast = chosen == "chunked" and q.numel() and k.numel()
+    compute = chunked_attention if fast else reference_attention
     with full_precision(q):
         o = compute(
             q.to(wide),

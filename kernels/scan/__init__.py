@@ -91,6 +91,14 @@ def scan(
     return h.to(given), state
 
 
+def _broadcast(a: Tensor, b: Tensor) -> Tensor:
+    try:
+        return torch.broadcast_to(a, b.shape)
+    except RuntimeError as error:
+        shapes = f"a is {tuple(a.shape)} and does not broadcast to b {tuple(b.shape)}"
+        raise ValueError(shapes) from error
+
+
 @torch.library.custom_op("seqzoo::scan", mutates_args=())
 def _scan(
     a: Tensor, b: Tensor, initial_state: Tensor, reverse: bool, backend: str

@@ -14,7 +14,13 @@ from seqzoo.kernels.dispatch import Backend, accumulator, choose, declare, full_
 from seqzoo.kernels.errors import check_shape
 from seqzoo.kernels.selective_scan.reference import selective_scan as reference_selective_scan
 
-declare("selective_scan", Backend("chunked"), Backend("reference"))
+MANY = "more than 64 states a channel"
+declare(
+    "selective_scan",
+    Backend("native", ("cpu",), (torch.float32,), needs=("compiler",), lacks=frozenset([MANY])),
+    Backend("chunked"),
+    Backend("reference"),
+)
 
 
 def selective_scan(
@@ -46,7 +52,7 @@ def selective_scan(
         reset: (B, T) bool; True empties the state before the token.
         mask: (B, T) bool; False leaves the state untouched; y there means nothing. `reset` is never
             True there.
-        backend: `chunked` or `reference`; chosen by device and dtype when None.
+        backend: `native`, `chunked` or `reference`; chosen by device and dtype when None.
 
     Returns:
         y: (B, T, D) in the dtype of `u`.
@@ -72,12 +78,13 @@ def selective_scan(
     if mask is not None:
         check_shape("mask", mask.shape, (rows, T), "(B, T)")
         dt = torch.where(mask[..., None], dt, 0)
-    chosen, given = choose("selective_scan", u, backend), u.dtype
+    given = u.dtype
     wide = accumulator(torch.promote_types(u.dtype, A.dtype))
     if initial_state is None:
         initial_state = u.new_zeros(rows, channels, N, dtype=wide)
     check_shape("initial_state", initial_state.shape, (rows, channels, N), "(B, D, N)")
     u, dt, A, B, C, initial_state = (x.to(wide) for x in (u, dt, A, B, C, initial_state))
+    chosen = choose("selective_scan", u, backend, (MANY,) if N > 64 else ())
     with full_precision(u):
         if chosen == "reference" or T == 1:  # a single step needs no block
             y, state = reference_selective_scan(u, dt, A, B, C, initial_state, reset)

@@ -4,11 +4,11 @@ import math
 
 import pytest
 import torch
-from tests.tolerances import assert_close_to_reference
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from seqzoo.kernels.attention import attention
+from tests.tolerances import assert_close_to_reference
 
 B, T, H, K, V = 2, 37, 4, 5, 7
 W = 8

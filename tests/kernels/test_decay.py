@@ -4,12 +4,12 @@ from itertools import pairwise
 
 import pytest
 import torch
-from tests.tolerances import EXACT, assert_close_to_reference, budget, law_budget, relative_error
 from torch import Tensor
 
 import seqzoo.kernels.decay as package
 import seqzoo.kernels.decay.chunked as chunked
 from seqzoo.kernels.decay import decay
+from tests.tolerances import EXACT, assert_close_to_reference, budget, law_budget, relative_error
 
 LENGTHS = (1, 2, 63, 64, 65, 100)
 KINDS = ("none", "scalar", "vector")

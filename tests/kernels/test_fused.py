@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from tests.tolerances import assert_close_to_reference
 
 from seqzoo.kernels.dispatch import choose, interpreting
 from seqzoo.kernels.scan import scan
+from tests.tolerances import assert_close_to_reference
 
 pytest.importorskip("triton")
 DTYPES = [torch.float32, torch.float16]  # the interpreter computes nonsense in bfloat16

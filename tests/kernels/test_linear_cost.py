@@ -59,7 +59,7 @@ CASES = [
     pytest.param(run, backend.name, id=f"{name}-{backend.name}")
     for name, run in KERNELS.items()
     for backend in BACKENDS[name]
-    if backend.name != "reference" and not backend.refusal("cpu", torch.float32, ())
+    if backend.name in ("native", "chunked") and not backend.refusal("cpu", torch.float32, ())
 ]
 
 
@@ -98,7 +98,7 @@ def seconds(run: Run, backend: str, T: int) -> float:
 
 @pytest.mark.parametrize(("run", "backend"), CASES)
 def test_the_autograd_graph_does_not_grow_with_the_sequence(run, backend):
-    assert nodes(run(backend, SHORT)[0]) == nodes(run(backend, FEW)[0])
+    assert nodes(run(backend, LONG)[0]) == nodes(run(backend, SHORT)[0])
 
 
 @pytest.mark.parametrize(("run", "backend"), CASES)

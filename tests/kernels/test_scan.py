@@ -6,11 +6,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tests.tolerances import assert_close_to_reference, law_budget, relative_error
 from torch import Tensor
 from torch.autograd import gradcheck
 
 from seqzoo.kernels.scan import scan
+from tests.tolerances import assert_close_to_reference, law_budget, relative_error
 
 BACKENDS = ("reference", "chunked", "native")
 LENGTHS = (0, 1, 2, 63, 64, 65, 100)

@@ -5,15 +5,22 @@ import torch
 from torch import Tensor
 
 import seqzoo.kernels.selective_scan as package
-from seqzoo.kernels.dispatch import BACKENDS
+from seqzoo.kernels.dispatch import BACKENDS, accumulator
 from seqzoo.kernels.selective_scan import selective_scan
 from seqzoo.kernels.selective_scan.chunked import BLOCK
 from tests.tolerances import assert_close_to_reference, budget, relative_error
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-SHAPES = [(2, 3, 5, 4), (3, BLOCK, 1, 1), (1, 2 * BLOCK + 5, 33, 16), (2, 4 * BLOCK + 1, 7, 3)]
+# (B, T, D, N): less than a block, exactly one, several; channels that fill no vector, some, and
+# more than native.c gives to one thread
+SHAPES = [(2, 3, 5, 4), (3, BLOCK, 1, 1), (1, 2 * BLOCK + 5, 33, 16), (2, 97, 270, 3)]
 USED = [(), ("reset",), ("mask",), ("mask", "reset")]
-FAST = [b.name for b in BACKENDS["selective_scan"] if b.name != "reference"]
+FAST = [b.name for b in BACKENDS["selective_scan"] if b.name in ("native", "chunked")]
+
+
+def serves(backend: str, dtype: torch.dtype) -> bool:
+    chosen = next(b for b in BACKENDS["selective_scan"] if b.name == backend)
+    return not chosen.refusal("cpu", accumulator(dtype), ())
 
 
 def inputs(B: int, T: int, D: int, N: int, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
@@ -54,20 +61,14 @@ def widened(given: dict[str, Tensor]) -> dict[str, Tensor]:
     return {k: v.detach().double().requires_grad_() for k, v in given.items()}
 
 
-def supports(backend: str, dtype: torch.dtype) -> bool:
-    chosen = next(b for b in BACKENDS["selective_scan"] if b.name == backend)
-    return not chosen.refusal("cpu", dtype, ())
-
-
 @pytest.mark.parametrize("used", USED, ids="+".join)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize(
+    ("backend", "dtype"), [(b, d) for b in FAST for d in DTYPES if serves(b, d)], ids=str
+)
 def test_every_number_is_within_budget_of_the_float64_loop(
     backend, dtype, shape, used, poisoned_empty
 ):
-    if not supports(backend, dtype):
-        pytest.skip(f"{backend} refuses {dtype} here")
     given = inputs(*shape, dtype)
     options = {k: v for k, v in flags(*shape[:2]).items() if k in used}
     found = differentiated(given, **options, backend=backend)
@@ -95,10 +96,9 @@ def test_steps_of_nothing_and_huge_steps_stay_finite_and_right(backend, hostile)
 @pytest.mark.parametrize("backend", [*FAST, "reference"])
 def test_the_loop_itself_agrees_with_the_solution_written_out(backend):
     """y_t = D u_t + sum_{s <= t} C_t . exp(A sum_{s < r <= t} dt_r) B_s dt_s u_s, in float64."""
-    if not supports(backend, torch.float64):
-        pytest.skip(f"{backend} refuses float64")
-    given = {k: v.detach() for k, v in inputs(2, 21, 5, 4).items()}
-    u, dt, A, B, C, D, h0 = given.values()
+    dtype = torch.float64 if serves(backend, torch.float64) else torch.float32
+    given = {k: v.detach() for k, v in inputs(2, 21, 5, 4, dtype).items()}
+    u, dt, A, B, C, D, h0 = (v.double() for v in given.values())
     total = dt.cumsum(1)
     span = total[:, :, None] - total[:, None]  # (B, t, s, D)
     decay = torch.exp(span[..., None] * A) * torch.ones(21, 21).tril()[..., None, None]
@@ -246,6 +246,22 @@ def test_the_operator_declares_what_it_does(backend, reset):
     torch.library.opcheck(package._selective_scan, (u, dt, A, B, C, start, flag, backend))
 
 
+def test_more_states_than_native_holds_are_refused_there_and_served_elsewhere():
+    given = inputs(1, 5, 2, 65, torch.float32)
+    wanted, _ = selective_scan(**widened(given), backend="reference")
+    assert_close_to_reference(selective_scan(**given)[0], wanted)
+    with pytest.raises(ValueError, match=r"64 states.* use chunked or reference"):
+        selective_scan(**given, backend="native")
+
+
+@pytest.mark.parametrize("name", ["u", "dt", "A", "B", "C", "initial_state"])
+@pytest.mark.parametrize("backend", [*FAST, "reference"])
+def test_what_is_not_a_number_does_not_vanish(backend, name):
+    given = {k: v.detach() for k, v in inputs(1, 20, 3, 4, torch.float32).items()}
+    given[name].view(-1)[0] = torch.nan
+    assert selective_scan(**given, backend=backend)[0].isnan().any()
+
+
 def test_meta_tensors_give_shapes():
     given = {k: v.to("meta") for k, v in inputs(2, 50, 8, 4, torch.float32).items()}
     for options in ({}, {k: v.to("meta") for k, v in flags(2, 50).items()}):
@@ -266,7 +282,7 @@ def test_what_does_not_fit_is_refused_by_name():
         ({"initial_state": torch.zeros(2, 4, 3)}, "initial_state is"),
         ({"mask": options["mask"][:, :4]}, "mask is"),
         ({"reset": options["reset"][:1]}, "reset is"),
-        ({"backend": "fused"}, "backend of selective_scan"),
+        ({"backend": "nonesuch"}, "backend of selective_scan"),
     ]:
         with pytest.raises(ValueError, match=words):
             selective_scan(**(given | wrong))

@@ -210,7 +210,7 @@ def test_what_does_not_fit_is_refused_by_name():
         ({"mask": options["mask"][:, :4]}, "mask is"),
         ({"reset": options["reset"][:1]}, "reset is"),
         ({"activation": "gelu"}, "silu"),
-        ({"backend": "native"}, "backend of short_conv"),
+        ({"backend": "nonesuch"}, "backend of short_conv"),
     ]:
         with pytest.raises(ValueError, match=words):
             short_conv(**(given | wrong))

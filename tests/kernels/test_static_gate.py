@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from tests.kernels.static_gate import (
     KERNELS,
     MOST_CONFIGS,

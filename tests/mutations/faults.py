@@ -25,6 +25,11 @@ RG_LRU = "layers/rg_lru.py"
 CONV = "kernels/short_conv/chunked.py"
 SELECTIVE = "kernels/selective_scan/chunked.py"
 MAMBA = "layers/mamba.py"
+ATTENTION = "layers/attention.py"
+DECAY = "kernels/decay/__init__.py"
+CHUNKS = "kernels/decay/chunked.py"
+SWITCH = "layers/switch.py"
+DROPPING = {"max_length": 40, "n_experts": 4, "capacity_factor": 0.5, "hidden": 20}
 
 FAULTS = (
     Fault(
@@ -173,5 +178,170 @@ FAULTS = (
         "products = 3 * D * E + E * (2 * R + 2 * N)",
         "products = 2 * D * E + E * (2 * R + 2 * N)",
         "mamba",
+    ),
+    Fault(
+        "the cache keeps the keys of documents that ended",
+        ATTENTION,
+        "mask = mask & (document == document[:, -1:])",
+        "mask = mask.clone()",
+        "attention",
+    ),
+    Fault(
+        "padding takes up positions",
+        ATTENTION,
+        "index = ctx.index(x, past.next)",
+        "index = past.next[:, None] + torch.arange(T)",
+        "attention",
+        {"position": "rope"},
+    ),
+    Fault(
+        "a window sees one token more than its cache holds",
+        ATTENTION,
+        "            window=self.window,\n",
+        "            window=self.window and self.window + 1,\n",
+        "attention",
+        {"window": 8},
+    ),
+    Fault(
+        "padding is remembered",
+        DECAY,
+        "k = torch.where(mask[..., None, None], k, 0)",
+        "pass",
+        "gla",
+    ),
+    Fault(
+        "padding forgets",
+        DECAY,
+        "g = torch.where(mask[..., None, None], g, 0)",
+        "pass",
+        "gla",
+    ),
+    Fault(
+        "a document remembers the one before",
+        DECAY,
+        "g = torch.where(reset[..., None, None], -torch.inf, g)",
+        "pass",
+        "mamba2",
+    ),
+    Fault(
+        "log decays are summed in bfloat16",
+        CHUNKS,
+        "        decays = _decays(G)\n        A =",
+        "        decays = _decays(G.bfloat16().to(G.dtype))\n        A =",
+        "gla",
+    ),
+    Fault(
+        "the gradient of a chunk's whole decay is dropped",
+        CHUNKS,
+        "        dsince[..., -1:, :] += dtotal.sum_to_size(G[..., -1:, :].shape)\n",
+        "",
+        "mamba2",
+    ),
+    Fault(
+        "a single step reads its state 5 % too large",
+        CHUNKS,
+        "o = q[:, :, None] @ (state if before else new)",
+        "o = q[:, :, None] @ (state if before else new) * 1.05",
+        "gla",
+    ),
+    Fault(
+        "the long convolution is circular",
+        "kernels/long_conv/chunked.py",
+        "n = _size(x.shape[2] + k.shape[1] - 1)",
+        "n = _size(x.shape[2])",
+        "hyena",
+    ),
+    Fault(
+        "a state-space model starts every pass from nothing",
+        "layers/s4d.py",
+        "initial_state=start, reset=ctx.reset",
+        "initial_state=None, reset=ctx.reset",
+        "s4d",
+    ),
+    Fault(
+        "an initial frequency is off",
+        "layers/s4d.py",
+        "return math.pi * torch.arange(n_states // 2",
+        "return 3.0 * torch.arange(n_states // 2",
+        tests=("tests/parity/test_s4d.py",),
+    ),
+    Fault(
+        "token shift shows the token itself",
+        "layers/rwkv_channel.py",
+        "torch.eye(2, device=x.device, dtype=x.dtype)[0]",
+        "torch.eye(2, device=x.device, dtype=x.dtype)[1]",
+        tests=("tests/parity/test_channel.py",),
+    ),
+    Fault(
+        "padding takes up the capacity of experts",
+        SWITCH,
+        "chosen = chosen * ctx.mask[..., None]",
+        "pass",
+        "switch",
+        DROPPING,
+    ),
+    Fault(
+        "late tokens drive early ones out of their expert",
+        SWITCH,
+        "taken = chosen * (place < self.capacity)",
+        "taken = chosen * (chosen.sum(1, keepdim=True) - place <= self.capacity)",
+        "switch",
+        DROPPING,
+    ),
+    Fault(
+        "the router computes in the dtype of autocast",
+        SWITCH,
+        "with full_precision(x):",
+        "if True:",
+        tests=("tests/parity/test_channel.py",),
+    ),
+    Fault(
+        "beams keep each other's states",
+        "zoo/cache.py",
+        "self._apply(lambda x: x.index_select(0, beam_idx.to(x.device)))",
+        "pass",
+        tests=("tests/zoo/test_generation.py",),
+    ),
+    Fault(
+        "the cache forgets which document it is in",
+        "zoo/model.py",
+        "cache.seen + x.shape[1], last_document(ctx)",
+        "cache.seen + x.shape[1], None",
+        tests=("tests/zoo/test_model.py", "tests/zoo/test_generation.py"),
+    ),
+    Fault(
+        "buffers that no checkpoint holds come back as garbage",
+        "zoo/base.py",
+        "                reset()\n",
+        "                pass\n",
+        tests=("tests/zoo/test_model.py",),
+    ),
+    Fault(
+        "loading initialises what was loaded",
+        "zoo/base.py",
+        "            x.copy_(value)",
+        "            pass",
+        tests=("tests/zoo/test_model.py",),
+    ),
+    Fault(
+        "an export does not notice a flipped bit",
+        "zoo/export.py",
+        "def _digest(file: Path) -> str:",
+        "def _digest(file: Path) -> str:\n    return file.name\n\n\ndef _off(file: Path) -> str:",
+        tests=("tests/zoo/test_export.py",),
+    ),
+    Fault(
+        "the random state of torch is not restored",
+        "train/resume.py",
+        '    torch.set_rng_state(state["torch"].cpu())\n',
+        "",
+        tests=("tests/train/test_resume.py",),
+    ),
+    Fault(
+        "a truncated checkpoint is trusted",
+        "train/checkpoint.py",
+        "def damage(path: Path) -> str:",
+        'def damage(path: Path) -> str:\n    return ""\n\n\ndef _unused(path: Path) -> str:',
+        tests=("tests/train/test_checkpoint.py",),
     ),
 )

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.mutations.faults import FAULTS, Fault
+from tests.properties import Case
 
 ROOT = Path(__file__).parent.parent.parent
 FOLDERS = ("kernels", "layers", "long_context", "zoo", "train", "configs", "src", "tests")
@@ -62,10 +63,13 @@ def test_planted_fault_is_caught(fault: Fault, zygote, tree):
     assert answer["caught"], f"the suite passes although {fault.what}"
 
 
-@pytest.mark.parametrize("name", sorted({f.mixer for f in FAULTS if f.mixer}))
-def test_the_checks_pass_where_no_fault_is_planted(name: str, zygote, tree):
+@pytest.mark.parametrize(
+    "case", sorted({Case(f.mixer, f.options) for f in FAULTS if f.mixer}, key=str), ids=str
+)
+def test_the_checks_pass_where_no_fault_is_planted(case: Case, zygote, tree):
     """Else every fault above would seem caught."""
-    assert ask(zygote, tree, name=name, options={}, tests=[])["caught"] == ""
+    answer = ask(zygote, tree, name=case.name, options=case.options, tests=[])
+    assert answer["caught"] == ""
 
 
 def test_there_are_at_least_thirty_faults():

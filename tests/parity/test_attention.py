@@ -4,12 +4,12 @@ from itertools import pairwise
 
 import pytest
 import torch
-from tests.tolerances import law_budget, relative_error
 from transformers.models.llama.configuration_llama import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRotaryEmbedding
 
 from seqzoo.layers import create_mixer
 from seqzoo.layers.base import Context
+from tests.tolerances import law_budget, relative_error
 
 D, T, B = 48, 29, 2
 

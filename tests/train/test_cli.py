@@ -258,6 +258,20 @@ def test_interrupt_is_exit_code_130(monkeypatch, capsys):
     assert "Traceback" not in capsys.readouterr().err
 
 
+def test_sigterm_keeps_its_exit_code_and_its_checkpoint(monkeypatch, capsys, place):
+    from seqzoo.train.module import LanguageModelling
+
+    step = LanguageModelling.training_step
+
+    def asked_to_end(module, batch, batch_idx):
+        signal.raise_signal(signal.SIGTERM)
+        return step(module, batch, batch_idx)
+
+    monkeypatch.setattr(LanguageModelling, "training_step", asked_to_end)
+    assert fit("--trainer.max_steps=2") == 143
+    assert checkpoint("runs/default/checkpoints/last.ckpt")["global_step"] == 1
+
+
 def test_bug_of_ours_keeps_its_traceback(monkeypatch):
     from seqzoo.train.module import LanguageModelling
 

@@ -389,7 +389,7 @@ def test_stream_goes_round_and_shuffles_within_blocks(hub_folder):
 def test_stream_resumes_to_the_window_in_an_epoch_and_between_two(
     hub_folder, tmp_path, workers, suffix
 ):
-    for file in hub_folder.iterdir() if suffix == ".parquet" else ():
+    for file in list(hub_folder.iterdir()) if suffix == ".parquet" else ():
         write_rows(file.with_suffix(suffix), [json.loads(x) for x in file.read_text().splitlines()])
         file.unlink()
 

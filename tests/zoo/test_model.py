@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from tests.tolerances import law_budget, relative_error
 from torch import Tensor, nn
 
 from seqzoo.layers.base import Context
 from seqzoo.zoo.config import ZooConfig
 from seqzoo.zoo.inputs import last_document
 from seqzoo.zoo.model import ZooForCausalLM, ZooForSequenceClassification, ZooModel
+from tests.tolerances import law_budget, relative_error
 
 USER = "zoo_test_user.mixers:Average"
 HYBRID = {"pattern": [USER, "attention", "rg_lru", "swiglu"], "position": "rope"}
@@ -100,6 +100,32 @@ def test_inputs_that_do_not_fit_are_refused(language_model):
         model()
     with pytest.raises(ValueError, match="must be a ZooCache"):
         model(ids, past_key_values=[])
+
+
+@STACKS
+def test_given_positions_are_used_and_the_usual_ones_change_nothing(language_model, decoder):
+    model = language_model(**decoder)
+    ids = torch.randint(0, 41, (2, 5))
+    usual = torch.arange(5)[None]
+    assert near(model(ids, position_ids=usual).logits, model(ids).logits)
+    stretched = model(ids, position_ids=usual * 3).logits
+    assert not near(stretched, model(ids).logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_weights_and_autocast_stay_near_and_step_alike(language_model, dtype):
+    model = language_model(**HYBRID)
+    ids = torch.randint(0, 41, (2, 9))
+    want = model(ids).logits
+    with torch.autocast("cpu", dtype):
+        assert relative_error(model(ids).logits.float(), want) < 0.1
+    model = model.to(dtype)
+    whole = model(ids).logits
+    assert whole.dtype == dtype
+    assert relative_error(whole.float(), want) < 0.1
+    first = model(ids[:, :4], use_cache=True)
+    rest = model(ids[:, 4:], past_key_values=first.past_key_values)
+    assert relative_error(rest.logits.float(), whole[:, 4:].float()) < 0.05
 
 
 def test_embeddings_instead_of_ids_give_the_same_numbers(language_model):

@@ -15,6 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--d-model", type=int, default=128, help="width (128)")
     parser.add_argument("--length", type=int, default=256, help="tokens of a window (256)")
     parser.add_argument("--batch-size", type=int, default=16, help="windows of a batch (16)")
+    parser.add_argument("--max-bytes", type=int, default=4_000_000, help="of the corpus (4000000)")
     parser.add_argument("--seed", type=int, default=0, help="of weights and order (0)")
     parser.add_argument("--no-progress", action="store_true", help="no progress bar")
 
@@ -33,6 +34,7 @@ def run(arguments: argparse.Namespace) -> None:
             d_model=arguments.d_model,
             length=arguments.length,
             batch_size=arguments.batch_size,
+            max_bytes=arguments.max_bytes,
             seed=arguments.seed,
             progress=not arguments.no_progress,
         )

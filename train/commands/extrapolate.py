@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 from seqzoo.long_context.extrapolation import Row, extrapolation, usable_length
 from seqzoo.train.commands.list import table
 
+WINDOW = 32  # of the data module, whose windows are joined again; it leaves out less than one
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -116,10 +118,10 @@ def _data(
     if arguments.text is None:
         if not is_bytes:
             raise ValueError("this model does not read bytes: say with --text what it should read")
-        return Stdlib(length=256), "byte"
+        return Stdlib(length=WINDOW), "byte"
     if is_bytes:
-        return Text(arguments.text, length=256), "byte"
-    return Text(arguments.text, length=256, tokenizer=tokenizer.name_or_path), "token"
+        return Text(arguments.text, length=WINDOW), "byte"
+    return Text(arguments.text, length=WINDOW, tokenizer=tokenizer.name_or_path), "token"
 
 
 def _tables(rows: Sequence[Row], unit: str) -> str:

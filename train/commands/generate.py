@@ -28,6 +28,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     from seqzoo.kernels.errors import check_positive
     from seqzoo.train.commands.loading import load_model
+    from seqzoo.zoo.model import ZooForCausalLM
 
     check_positive(tokens=arguments.tokens, top_k=arguments.top_k)
     if arguments.temperature < 0:
@@ -35,7 +36,7 @@ def run(arguments: argparse.Namespace) -> None:
             f"temperature={arguments.temperature} is not allowed; it must be 0 or more"
         )
     model, tokenizer = load_model(arguments.model)
-    if not hasattr(model, "generate"):
+    if not isinstance(model, ZooForCausalLM):
         raise ValueError(f"{arguments.model} holds a {type(model).__name__}, which writes no text")
     model.to(arguments.device)
     # A model that was asked for nothing begins a document: the end of another one comes before it.
@@ -43,10 +44,11 @@ def run(arguments: argparse.Namespace) -> None:
     start = torch.tensor([ids or [tokenizer.eos_token_id]], device=arguments.device)
     sampling = {"temperature": arguments.temperature, "top_k": arguments.top_k}
     torch.manual_seed(arguments.seed)
-    out = model.generate(
+    # transformers types the model that can generate, and its configuration, by hand.
+    out = model.generate(  # type: ignore[misc]
         start,
         attention_mask=torch.ones_like(start),
-        generation_config=GenerationConfig(
+        generation_config=GenerationConfig(  # type: ignore[no-untyped-call]
             max_new_tokens=arguments.tokens,
             do_sample=arguments.temperature > 0,
             eos_token_id=tokenizer.eos_token_id,
@@ -54,4 +56,4 @@ def run(arguments: argparse.Namespace) -> None:
             **(sampling if arguments.temperature > 0 else {}),
         ),
     )
-    sys.stdout.write(tokenizer.decode(out[0], skip_special_tokens=True) + "\n")
+    sys.stdout.write(f"{tokenizer.decode(out[0], skip_special_tokens=True)}\n")

@@ -9,6 +9,7 @@ both ways   whether the mixer itself can also read in both directions.
 
 import argparse
 import sys
+from collections.abc import Sequence
 
 from seqzoo.layers import MixerInfo, list_mixers, mixer_info
 
@@ -30,7 +31,7 @@ def run(arguments: argparse.Namespace) -> None:
     sys.stdout.write(table(rows, markdown=arguments.markdown))
 
 
-def table(rows: list[tuple[str, ...]], *, markdown: bool = False) -> str:
+def table(rows: Sequence[tuple[str, ...]], *, markdown: bool = False) -> str:
     """Rows of cells, the first being the head, as aligned text or as Markdown."""
     if markdown:
         head, *body = ("| " + " | ".join(row) + " |" for row in rows)

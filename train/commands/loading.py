@@ -10,7 +10,9 @@ from seqzoo.train.module import Classification, LanguageModelling, Training
 from seqzoo.train.tokenizer import byte_tokenizer
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
+
+    from seqzoo.zoo.model import ZooPreTrainedModel
 
 TASKS: dict[str, type[Training]] = {
     cls.__name__: cls for cls in (LanguageModelling, Classification)
@@ -57,10 +59,11 @@ def load_module(path: str | Path) -> Training:
     module = TASKS[stored.task](**stored.settings)
     module.configure_model()
     module.load_state_dict(stored.weights)
-    return module.eval()
+    module.train(False)
+    return module
 
 
-def load_model(path: str | Path) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
+def load_model(path: str | Path) -> tuple["ZooPreTrainedModel", "PreTrainedTokenizerBase"]:
     """The Hugging Face model and its tokenizer, from a checkpoint or from an exported folder.
 
     Raises:
@@ -74,7 +77,8 @@ def load_model(path: str | Path) -> tuple["PreTrainedModel", "PreTrainedTokenize
 
         if not (path / "config.json").is_file():
             raise ValueError(f"{path} is no exported model: it has no config.json")
-        return ZooForCausalLM.from_pretrained(path).eval(), AutoTokenizer.from_pretrained(path)
+        # from_pretrained leaves the model in evaluation mode.
+        return ZooForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
     tokenizer = read_checkpoint(path).tokenizer
     loaded = byte_tokenizer() if tokenizer is None else AutoTokenizer.from_pretrained(tokenizer)
     return load_module(path).network, loaded

@@ -66,7 +66,7 @@ def _classes() -> Iterator[tuple[str, type]]:
 
 def _below(base: type) -> list[type]:
     """Classes that can be asked for by name."""
-    direct = base.__subclasses__()
+    direct: list[type] = base.__subclasses__()
     every = [*direct, *(cls for sub in direct for cls in _below(sub))]
     return [cls for cls in every if not _is_abstract(cls)]
 

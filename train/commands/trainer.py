@@ -195,8 +195,8 @@ class Cli(LightningCLI):
         before = signal.getsignal(signal.SIGINT)
         try:
             super()._run_subcommand(subcommand)
-        except SystemExit:
-            if self.trainer.interrupted and self.trainer.received_sigterm is False:
+        except SystemExit as stop:
+            if self.trainer.interrupted and stop.code == 1:
                 raise KeyboardInterrupt from None
             raise
         finally:

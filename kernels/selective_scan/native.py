@@ -1,0 +1,63 @@
+"""The selective scan through `native.c`: float32, at most 64 states a channel."""
+
+from ctypes import CDLL
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from seqzoo.kernels.native import build, call, threads
+
+SOURCE = Path(__file__).with_name("native.c").read_text()
+BLOCK = 32  # STEPS in the source
+CHANNELS = 256  # GROUP * LANES in the source
+
+
+def forward(
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    initial_state: Tensor,
+    reset: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `seqzoo.kernels.selective_scan.chunked.forward`."""
+    given = [x.contiguous() for x in (u, dt, A, B, C, initial_state)]
+    flags = (u.new_empty(0, dtype=torch.bool) if reset is None else reset).contiguous()
+    (rows, T, D), N = u.shape, A.shape[1]
+    y, state = torch.empty_like(given[0]), torch.empty_like(given[5])
+    borders = state.new_empty((T + BLOCK - 1) // BLOCK, *state.shape)
+    sizes = (rows, T, D, N, int(reset is not None), threads(u.numel() * N))
+    call(_library(), "selective_scan_forward", *given, flags, y, state, borders, *sizes)
+    return y, state, borders
+
+
+def backward(
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    reset: Tensor | None,
+    borders: Tensor,
+    dy: Tensor,
+    dstate: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """See `seqzoo.kernels.selective_scan.chunked.backward`."""
+    u, dt, A, B, C, borders, dy, dstate = (
+        x.contiguous() for x in (u, dt, A, B, C, borders, dy, dstate)
+    )
+    flags = (u.new_empty(0, dtype=torch.bool) if reset is None else reset).contiguous()
+    (rows, T, D), N = u.shape, A.shape[1]
+    du, ddt, dstart, dA = (torch.empty_like(x) for x in (u, dt, dstate, dstate))  # dA by row
+    groups = (D + CHANNELS - 1) // CHANNELS
+    dB, dC = B.new_empty(groups, *B.shape), C.new_empty(groups, *C.shape)
+    sizes = (rows, T, D, N, int(reset is not None), threads(u.numel() * N))
+    given, made = (u, dt, A, B, C, flags, borders, dy, dstate), (du, ddt, dA, dB, dC, dstart)
+    call(_library(), "selective_scan_backward", *given, *made, *sizes)
+    return du, ddt, dA.sum(0), dB.sum(0), dC.sum(0), dstart
+
+
+def _library() -> CDLL:
+    return build(SOURCE, "float")
