@@ -9,13 +9,13 @@ TORCH_FROM = $$(command -v nvidia-smi >/dev/null 2>&1 \
 .PHONY: demo test test-all lint format clean
 
 demo: .venv/demo
-	$(BIN)/seqzoo demo
+	$(BIN)/seqzoo demo --out runs/demo
 
 test: .venv/test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 
 test-all: .venv/test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup -m "not gpu"
 
 lint: .venv/test
 	$(BIN)/ruff format --check .

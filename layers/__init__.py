@@ -103,7 +103,7 @@ def create_mixer(name: str, d_model: int, **options: Any) -> Mixer:  # noqa: ANN
     for option in options:
         if option not in allowed:
             raise unknown(f"option of mixer {name!r} named", option, allowed)
-    return cls(d_model, **options)  # type: ignore[call-arg]  # each mixer has its own options
+    return cls(d_model, **options)
 
 
 def _options(cls: type[Mixer]) -> dict[str, Any]:

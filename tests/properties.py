@@ -1,4 +1,4 @@
-"""The eleven properties of every mixer: tests/test_contract.py runs them, tests/mutations breaks them.
+"""The properties of every mixer: tests/test_contract.py runs them, tests/mutations breaks them.
 
 A check takes a `Case` and raises AssertionError when the mixer breaks its promise. Mixers are built
 with all parameters stirred, so that a bias that starts at zero cannot hide a fault.

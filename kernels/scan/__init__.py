@@ -17,9 +17,10 @@ from seqzoo.kernels.scan.reference import scan as reference_scan
 
 REAL = (torch.float32, torch.float64)
 HALF = (torch.float16, torch.bfloat16)
+COMPLEX = (torch.complex64, torch.complex128)
 declare(
     "scan",
-    Backend("native", ("cpu",), (*REAL, *HALF), needs=("compiler",)),
+    Backend("native", ("cpu",), (*REAL, *HALF, *COMPLEX), needs=("compiler",)),
     Backend("fused", ("cuda",), (torch.float32, *HALF), needs=("triton",)),
     Backend("chunked"),
     Backend("reference"),

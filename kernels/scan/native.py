@@ -1,5 +1,6 @@
 """The diagonal recurrence through `native.c`."""
 
+from ctypes import CDLL
 from pathlib import Path
 
 import torch
@@ -11,13 +12,12 @@ SOURCE = Path(__file__).with_name("native.c").read_text()
 
 
 def forward(a: Tensor, b: Tensor, initial_state: Tensor, reverse: bool) -> tuple[Tensor, Tensor]:
-    """See `seqzoo.kernels.scan.scan`; all tensors share one real dtype."""
+    """See `seqzoo.kernels.scan.scan`; all tensors share one dtype, real or complex."""
     a, b, start = a.contiguous(), b.contiguous(), initial_state.contiguous()
     h, state = torch.empty_like(b), torch.empty_like(start)
     B, T, D = b.shape
-    library = build(SOURCE, REALS[b.dtype])
     shape = (B, T, D, int(reverse), threads(h.numel()))
-    call(library, "scan_forward", a, b, start, h, state, *shape)
+    call(*_function(b.dtype, "forward"), a, b, start, h, state, *shape)
     return h, state
 
 
@@ -28,7 +28,11 @@ def backward(
     given = [x.contiguous() for x in (a, h, initial_state, dh, dstate)]
     da, db, dstart = (torch.empty_like(x) for x in (given[1], given[1], given[2]))
     B, T, D = h.shape
-    library = build(SOURCE, REALS[h.dtype])
     shape = (B, T, D, int(reverse), threads(h.numel()))
-    call(library, "scan_backward", *given, da, db, dstart, *shape)
+    call(*_function(h.dtype, "backward"), *given, da, db, dstart, *shape)
     return da, db, dstart
+
+
+def _function(dtype: torch.dtype, direction: str) -> tuple[CDLL, str]:
+    kind = "scan_complex" if dtype.is_complex else "scan"
+    return build(SOURCE, REALS[dtype.to_real()]), f"{kind}_{direction}"

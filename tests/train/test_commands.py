@@ -129,7 +129,7 @@ def test_generate_refuses_wrong_numbers(capsys, checkpoint, words, line):
 
 def test_extrapolate_prints_tables_and_writes_them(capsys, checkpoint, tmp_path):
     words = ["extrapolate", checkpoint, "--text", str(Path(checkpoint).parent / "text.txt")]
-    words += ["--lengths", "64,128", "--out", str(tmp_path / "x"), "--max-tokens", "256"]
+    words += ["--lengths", "64,128", "--out", str(tmp_path / "x"), "--max_tokens", "256"]
     assert main(words) == 0
     text = capsys.readouterr().out
     report = json.loads((tmp_path / "x/extrapolation.json").read_text())
@@ -179,8 +179,8 @@ def test_files_that_are_no_models_are_refused(capsys, tmp_path):
 
 
 def test_demo_compares_exports_and_loads_where_seqzoo_is_not(capsys, tmp_path):
-    words = ["demo", "--steps", "2", "--d-model", "32", "--length", "32", "--batch-size", "4"]
-    words += ["--max-bytes", "200000", "--out", str(tmp_path), "--no-progress"]
+    words = ["demo", "--steps", "2", "--d_model", "32", "--length", "32", "--batch_size", "4"]
+    words += ["--max_bytes", "200000", "--out", str(tmp_path), "--no_progress"]
     assert main(words) == 0
     text = capsys.readouterr().out
     assert "def read(" in text.rpartition("it writes:")[2]

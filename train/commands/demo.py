@@ -12,12 +12,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Where to and how much."""
     parser.add_argument("--out", default="runs/demo", help="folder to write to (runs/demo)")
     parser.add_argument("--steps", type=int, default=300, help="of each training (300)")
-    parser.add_argument("--d-model", type=int, default=128, help="width (128)")
+    parser.add_argument("--d_model", type=int, default=128, help="width (128)")
     parser.add_argument("--length", type=int, default=256, help="tokens of a window (256)")
-    parser.add_argument("--batch-size", type=int, default=16, help="windows of a batch (16)")
-    parser.add_argument("--max-bytes", type=int, default=4_000_000, help="of the corpus (4000000)")
+    parser.add_argument("--batch_size", type=int, default=16, help="windows of a batch (16)")
+    parser.add_argument("--max_bytes", type=int, default=4_000_000, help="of the corpus (4000000)")
     parser.add_argument("--seed", type=int, default=0, help="of weights and order (0)")
-    parser.add_argument("--no-progress", action="store_true", help="no progress bar")
+    parser.add_argument("--no_progress", action="store_true", help="no progress bar")
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--text", help="file or folder to measure on; Python's sources by default")
     parser.add_argument("--split", default="test", help="val or test part of the data (test)")
-    parser.add_argument("--max-tokens", type=int, default=65536, help="how many targets (65536)")
+    parser.add_argument("--max_tokens", type=int, default=65536, help="how many targets (65536)")
     parser.add_argument(
         "--chunk", type=int, help="read windows in pieces of this many tokens: constant memory"
     )

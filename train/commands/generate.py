@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--temperature", type=float, default=0.8, help="0 takes the likeliest token (0.8)"
     )
-    parser.add_argument("--top-k", type=int, default=50, help="sample from so many tokens (50)")
+    parser.add_argument("--top_k", type=int, default=50, help="sample from so many tokens (50)")
     parser.add_argument("--seed", type=int, default=0, help="of the sampling (0)")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, ... (cpu)")
 

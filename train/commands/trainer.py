@@ -39,6 +39,12 @@ WORDS = {
     "test": "Measure a checkpoint on the test data.",
     "predict": "Write a checkpoint's predictions for the test data to runs/NAME/predictions.jsonl.",
 }
+USAGE = """%(prog)s [-c FILE ...] [--run NAME] [--ckpt_path FILE|last] [OPTION ...]
+
+examples: -c configs/task/stdlib.yaml -c configs/mixer/hybrid.yaml --trainer.max_steps 500
+          --model.decoder.mixer mamba2 --model.decoder.d_model 128 --model.lr 0.002
+          --model.decoder.pattern "mamba2*3, attention" --data Text --data.path my_texts/
+`--model.help LanguageModelling` and `--data.help Stdlib` explain what these take."""
 TRAINER = {
     "max_steps": 1000,
     "val_check_interval": 250,
@@ -79,7 +85,10 @@ class Cli(LightningCLI):
     def __init__(self, words: list[str]) -> None:
         self.words = words
         self.stored: Stored | None = None
-        settings = {name: {"description": _words(name), "exit_on_error": False} for name in WORDS}
+        settings = {
+            name: {"description": _words(name), "usage": USAGE, "exit_on_error": False}
+            for name in WORDS
+        }
         super().__init__(
             Training,
             Tokens,
