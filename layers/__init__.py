@@ -15,11 +15,18 @@ CATALOGUE: dict[str, str] = {
     # attention
     "attention": "seqzoo.layers.attention:Attention",
     # state-space models and recurrences
+    "hgrn": "seqzoo.layers.hgrn:HGRN",
+    "lru": "seqzoo.layers.lru:LRU",
     "mamba": "seqzoo.layers.mamba:Mamba",
     "mamba2": "seqzoo.layers.mamba2:Mamba2",
+    "mingru": "seqzoo.layers.mingru:MinGRU",
     "rg_lru": "seqzoo.layers.rg_lru:RGLRU",
+    "rwkv4": "seqzoo.layers.rwkv4:RWKV4",
     "s4d": "seqzoo.layers.s4d:S4D",
+    "s5": "seqzoo.layers.s5:S5",
     # linear attention
+    "aft_full": "seqzoo.layers.aft:AFTFull",
+    "aft_simple": "seqzoo.layers.aft:AFTSimple",
     "gla": "seqzoo.layers.gla:GLA",
     # long convolutions
     "hyena": "seqzoo.layers.hyena:Hyena",

@@ -120,7 +120,7 @@ def _check_target(target: Path, overwrite: bool) -> None:
     if not target.exists():
         return
     if not overwrite:
-        raise ValueError(f"{target} exists; pass overwrite=True to replace it")
+        raise ValueError(f"{target} exists; pass overwrite=True (--overwrite) to replace it")
     if not target.is_dir() or target.is_symlink():
         raise ValueError(f"{target} is no folder, so it is not overwritten")
     if any(target.iterdir()) and not (target / SUMS).is_file():

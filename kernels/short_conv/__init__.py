@@ -12,7 +12,18 @@ from seqzoo.kernels.errors import check_shape, unknown
 from seqzoo.kernels.short_conv.chunked import short_conv as chunked_short_conv
 from seqzoo.kernels.short_conv.reference import short_conv as reference_short_conv
 
-declare("short_conv", Backend("chunked"), Backend("reference"))
+declare(
+    "short_conv",
+    Backend(
+        "causal_conv1d",
+        ("cuda",),
+        (torch.float32, torch.float16, torch.bfloat16),
+        needs=("causal_conv1d",),
+        lacks=frozenset({"reset", "mask", "so few tokens", "so many taps", "tracing"}),
+    ),
+    Backend("chunked"),
+    Backend("reference"),
+)
 
 
 def short_conv(
@@ -41,7 +52,8 @@ def short_conv(
         reset: (B, T) bool; True puts zeros before the token.
         mask: (B, T) bool; a token where it is False is skipped, and y there is 0. `reset` is never
             True there.
-        backend: `chunked` or `reference`; `chunked` when None.
+        backend: `causal_conv1d` (CUDA, 2 to 4 taps, neither reset nor mask, when that package is
+            there), `chunked` or `reference`; the first that can serve the call when None.
 
     Returns:
         y: (B, T, D) in the dtype of `x`.
@@ -70,7 +82,12 @@ def short_conv(
     if initial_state is None:
         initial_state = x.new_zeros(B, W - 1, D)
     check_shape("initial_state", initial_state.shape, (B, W - 1, D), "(B, W-1, D)")
-    chosen = choose("short_conv", x, backend)
+    chosen = choose("short_conv", x, backend, _features(T, W, reset, mask))
+    if chosen == "causal_conv1d":
+        from seqzoo.kernels.short_conv.causal_conv1d import short_conv as packaged_short_conv
+
+        tail = initial_state.to(x.dtype)
+        return packaged_short_conv(x, weight, bias, tail, activation)
     run = reference_short_conv if chosen == "reference" else chunked_short_conv
     wide = accumulator(torch.promote_types(x.dtype, weight.dtype))
     bias = weight.new_zeros(D) if bias is None else bias
@@ -82,3 +99,14 @@ def short_conv(
         )
         y = silu(y) if activation == "silu" else y
     return y.to(x.dtype), tail.to(torch.promote_types(x.dtype, initial_state.dtype))
+
+
+def _features(T: int, W: int, reset: Tensor | None, mask: Tensor | None) -> tuple[str, ...]:
+    asked = {
+        "reset": reset is not None,
+        "mask": mask is not None,
+        "so few tokens": T < max(W - 1, 1),
+        "so many taps": not 2 <= W <= 4,
+        "tracing": torch.compiler.is_compiling(),
+    }
+    return tuple(name for name, is_asked in asked.items() if is_asked)

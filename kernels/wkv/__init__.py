@@ -135,14 +135,11 @@ def _wkv_backward(
     reset: Tensor | None,
     mask: Tensor | None,
     borders: Tensor,
-    state: Tensor,
     dy: Tensor,
     dstate: Tensor,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    dk, dv, dw, du, dstart = _module(backend).backward(
-        k, v, w, u, reset, mask, borders, state, dy, dstate
-    )
+    dk, dv, dw, du, dstart = _module(backend).backward(k, v, w, u, reset, mask, borders, dy, dstate)
     return dk, dv, dw, du, dstart
 
 
@@ -155,7 +152,6 @@ def _(
     reset: Tensor | None,
     mask: Tensor | None,
     borders: Tensor,
-    state: Tensor,
     dy: Tensor,
     dstate: Tensor,
     backend: str,
@@ -164,10 +160,10 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:  # noqa: ANN401
-    k, v, w, u, _, reset, mask, ctx.backend = inputs
+    k, v, w, u, start, reset, mask, ctx.backend = inputs
     _, state, borders = output
     ctx.mark_non_differentiable(borders)
-    ctx.save_for_backward(k, v, w, u, reset, mask, borders, state)
+    ctx.save_for_backward(k, v, w, u, start, reset, mask, state, borders)
 
 
 def _differentiate(
@@ -176,8 +172,17 @@ def _differentiate(
     dstate: Tensor,
     _: Tensor,
 ) -> tuple[Tensor | None, ...]:
-    given = _wkv_backward(*ctx.saved_tensors, dy, dstate, ctx.backend)
-    return *given, None, None, None
+    """Backends see gradients of a and b with p held, and of p with a e^p and b e^p held."""
+    k, v, w, u, start, reset, mask, state, borders = ctx.saved_tensors
+    dstate = _add_to_p(dstate, state, -1)
+    given = _wkv_backward(k, v, w, u, reset, mask, borders, dy, dstate, ctx.backend)
+    return *given[:4], _add_to_p(given[4], start, 1), None, None, None
+
+
+def _add_to_p(gradient: Tensor, state: Tensor, sign: int) -> Tensor:
+    """Add what p does to a e^p and b e^p: a da + b db."""
+    dsums, dp = gradient[:, :2], gradient[:, 2:]
+    return torch.cat([dsums, dp + sign * (state[:, :2] * dsums).sum(1, keepdim=True)], dim=1)
 
 
 _wkv.register_autograd(_differentiate, setup_context=_save)

@@ -19,7 +19,8 @@ def wkv(
         if reset is not None:
             begins = reset[:, t, None]
             a, b, p = (
-                torch.where(begins, empty, x) for empty, x in zip((0, 0, -1e38), (a, b, p), strict=True)
+                torch.where(begins, empty, x)
+                for empty, x in zip((0, 0, -1e38), (a, b, p), strict=True)
             )
         top = torch.maximum(p, u + k_t)
         old, new = torch.exp(p - top), torch.exp(u + k_t - top)

@@ -1,10 +1,15 @@
 """The short convolution against a float64 loop over time and against torch's own convolution."""
 
+import dataclasses
+import sys
+from types import ModuleType
+
 import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import conv1d, silu
 
+from seqzoo.kernels.dispatch import BACKENDS
 from seqzoo.kernels.short_conv import short_conv
 from tests.tolerances import assert_close_to_reference, budget, relative_error
 
@@ -214,3 +219,46 @@ def test_what_does_not_fit_is_refused_by_name():
     ]:
         with pytest.raises(ValueError, match=words):
             short_conv(**(given | wrong))
+
+
+@pytest.fixture
+def packaged(monkeypatch):
+    """The package causal-conv1d as its README has it, in torch, and a device that it may serve."""
+
+    def causal_conv1d_fn(
+        x, weight, bias, initial_states=None, return_final_states=False, activation=None
+    ):
+        assert x.stride(1) == 1, "channels last"
+        assert initial_states.stride(1) == 1
+        row = torch.cat([initial_states, x], dim=2)
+        y = conv1d(row, weight[:, None], bias, groups=len(weight))
+        last = row[..., x.shape[2] :]
+        return (silu(y) if activation == "silu" else y), last
+
+    module = ModuleType("causal_conv1d")
+    module.causal_conv1d_fn = causal_conv1d_fn
+    monkeypatch.setitem(sys.modules, "causal_conv1d", module)
+    served, *others = BACKENDS["short_conv"]
+    here = dataclasses.replace(served, devices=("cpu",), needs=())
+    monkeypatch.setitem(BACKENDS, "short_conv", (here, *others))
+
+
+@pytest.mark.parametrize("activation", [None, "silu"])
+def test_the_package_is_given_what_it_expects(activation, packaged):
+    given = inputs(2, 9, 4, 3, torch.float32)
+    options = {"activation": activation}
+    found = differentiated(given, backend="causal_conv1d", **options)
+    for name, ref in differentiated(given, backend="reference", **options).items():
+        assert relative_error(found[name], ref) <= 1e-6, name
+
+
+@pytest.mark.parametrize(
+    ("W", "extra", "why"),
+    [(5, {}, "so many taps"), (4, {"reset": True}, "reset"), (4, {"mask": True}, "mask")],
+)
+def test_the_package_is_not_asked_for_what_it_lacks(W, extra, why, packaged):
+    given = inputs(2, 9, 4, W, torch.float32)
+    extra = {name: flags(2, 9)[name] for name in extra}
+    short_conv(**given, **extra)  # another backend serves it
+    with pytest.raises(ValueError, match=f"cannot do {why}; use chunked"):
+        short_conv(**given, **extra, backend="causal_conv1d")

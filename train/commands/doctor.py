@@ -23,8 +23,6 @@ OPTIONAL = {
     "triton": "fused GPU kernels",
     "datasets": "--data Hub",
     "causal-conv1d": "a faster short convolution on CUDA",
-    "flash-linear-attention": "further GPU kernels",
-    "mamba-ssm": "further GPU kernels",
 }
 
 
