@@ -34,6 +34,7 @@ COMMANDS = {
     "generate": Command("let a trained model continue a text", "generate"),
     "extrapolate": Command("measure a model beyond the length it was trained on", "extrapolate"),
     "export": Command("turn a checkpoint into a Hugging Face folder", "export"),
+    "import": Command("turn published weights into a Hugging Face folder of seqzoo", "import_"),
     "bench": Command("time a mixer against its own shorter runs", "bench"),
     "demo": Command("train two models that differ in one layer and compare them", "demo"),
 }

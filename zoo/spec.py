@@ -53,6 +53,7 @@ class DecoderSpec:
             (sinusoidal, learned) are added to the token embedding instead.
         swap: entries to replace, by index from 0.
         norm: `rmsnorm` or `layernorm`, before each mixer and at the end.
+        norm_eps: what those norms add to the variance.
         tie_embeddings: the head shares the token embedding's weight.
         causal: False makes a bidirectional encoder: mixers that can read both ways do, strict ones
             are run once in each direction.
@@ -72,6 +73,7 @@ class DecoderSpec:
     position: str | dict[str, Any] | None = None
     swap: dict[int, str] = field(default_factory=dict)
     norm: str = "rmsnorm"
+    norm_eps: float = 1e-5
     tie_embeddings: bool = True
     causal: bool = True
     dropout: float = 0.0
@@ -80,7 +82,7 @@ class DecoderSpec:
     def __post_init__(self) -> None:
         swap = {int(index): name for index, name in self.swap.items()}  # JSON's keys are strings
         object.__setattr__(self, "swap", swap)
-        check_positive(d_model=self.d_model, repeats=self.repeats)
+        check_positive(d_model=self.d_model, repeats=self.repeats, norm_eps=self.norm_eps)
         if self.max_length is not None:
             check_positive(max_length=self.max_length)
         if isinstance(self.position, dict) and "name" not in self.position:

@@ -61,4 +61,4 @@ class Entry(GradientCheckpointingLayer):  # type: ignore[no-untyped-call]
 def make_norm(spec: DecoderSpec) -> nn.Module:
     """The norm that a decoder asks for."""
     kind = nn.RMSNorm if spec.norm == "rmsnorm" else nn.LayerNorm
-    return kind(spec.d_model, eps=1e-5)
+    return kind(spec.d_model, eps=spec.norm_eps)

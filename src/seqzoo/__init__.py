@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from seqzoo.zoo.model import ZooModel as ZooModel
     from seqzoo.zoo.presets import create_model as create_model
     from seqzoo.zoo.presets import list_models as list_models
+    from seqzoo.zoo.pretrained import import_pretrained as import_pretrained
     from seqzoo.zoo.spec import DecoderSpec as DecoderSpec
 
 # Resolved on first use, so that mixers and kernels come without Hugging Face.
@@ -26,6 +27,7 @@ LATER = {
     "ZooModel": "seqzoo.zoo.model",
     "create_model": "seqzoo.zoo.presets",
     "export": "seqzoo.zoo.export",
+    "import_pretrained": "seqzoo.zoo.pretrained",
     "list_models": "seqzoo.zoo.presets",
 }
 
