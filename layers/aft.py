@@ -1,4 +1,4 @@
-"""Attention-free transformer: every channel averages values by its own keys and a bias of positions.
+"""Attention-free transformers: each channel averages by keys of its own and a bias of positions.
 
     y_t = W_o (sigmoid(q_t) * sum_{s<=t} e^{k_s + w_ts} v_s / sum_{s<=t} e^{k_s + w_ts})
 
@@ -143,11 +143,11 @@ class AFTFull(Recompute):
         Raises:
             ValueError: the sequence is longer than `max_length`.
         """
-        T = x.shape[1]
-        if T > self.max_length:
+        T, longest = x.shape[1], self.max_length
+        if longest < T:
             raise ValueError(
-                f"{T} tokens have no bias beyond max_length={self.max_length}; build the mixer with"
-                " a larger max_length"
+                f"{T} tokens have no bias beyond max_length={longest}; build the mixer with a"
+                " larger max_length"
             )
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         wide = accumulator(k.dtype)
@@ -163,7 +163,8 @@ class AFTFull(Recompute):
                 for start in range(0, T, BLOCK)
             ]
         average = torch.cat(blocks, dim=1) if blocks else v
-        return self.o_proj(torch.sigmoid(q) * average.to(q.dtype))
+        y: Tensor = self.o_proj(torch.sigmoid(q) * average.to(q.dtype))
+        return y
 
     def _average(
         self, k: Tensor, v: Tensor, index: Tensor, begun: Tensor, start: int, stop: int
@@ -196,7 +197,7 @@ class AFTFull(Recompute):
         return numerator / (denominator + near.sum(2))
 
     def _bias(self, index: Tensor, start: int, stop: int) -> Tensor:
-        """w of the tokens from `start` against all up to `stop`: (B or 1, C, stop)."""
+        """The bias of the tokens from `start` against all up to `stop`: (B or 1, C, stop)."""
         queries = self.query_position[index[:, start:stop]]
         w = queries @ self.key_position[index[:, :stop]].mT
         if self.window is None:

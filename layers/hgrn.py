@@ -5,8 +5,8 @@
 
 The recurrence is real (theta = 0), or complex with a learned angle per unit, where W_i gives pairs
 and real and imaginary parts stand side by side after it. O(T) time, a state of `expand * d_model`
-floats, twice that when complex. Qin et al., 2023, arXiv:2311.04823, section 3. The paper gates
-before it norms; its code (Doraemonzzz/hgru-pytorch), followed here, norms first.
+floats, twice that when complex. Qin et al., 2023, arXiv:2311.04823, section 3. Norm, gate
+and biases are those of the authors' code (Doraemonzzz/hgru-pytorch).
 """
 
 from typing import NamedTuple

@@ -42,7 +42,7 @@ class LRU(Mixer):
     paper = "arXiv:2303.06349"
     kernel = "scan"
     variants = ({"d_state": 24, "r_min": 0.9, "r_max": 0.999, "max_phase": 0.3},)
-    # A lower learning rate and no weight decay, appendix E of the paper.
+    # A lower learning rate and no weight decay, as the authors train what makes the recurrence.
     ssm_parameters = ("nu_log", "theta_log", "gamma_log", "B")
 
     def __init__(
@@ -70,9 +70,10 @@ class LRU(Mixer):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Lambda uniform by area on the ring, gamma^2 = 1 - |lambda|^2, normal B, C and skip.
+        """The authors': lambda uniform by area on the ring, gamma^2 = 1 - |lambda|^2.
 
-        Gamma is learned from there. The output projection starts as `nn.Linear` does.
+        Parts of B and C are normal with variances 1 / (2 D) and 1 / N, the skip is standard normal.
+        The output projection starts as `nn.Linear` does.
         """
         low, high = (r**2 for r in self.ring)
         draws = torch.empty(2, self.d_state, dtype=torch.float64, device=self.nu_log.device)

@@ -4,9 +4,9 @@
 
 with a candidate c_t = W_h x_t, or its positive form g(W_h x_t), g(a) = a + 1/2 for a >= 0 and
 sigmoid(a) below. O(T) time, a state of `expand * d_model` floats. Feng et al., 2024,
-arXiv:2410.01201, section 3.1 and appendices B and C. The authors make c positive to sum logarithms;
-here the recurrence itself is summed, 1 - z is the sigmoid of the negated gate and loses no digits,
-and either candidate is stable. The state starts at 0 where theirs is learned or g(0) by task.
+arXiv:2410.01201, section 3.1 and appendix B. The authors make c positive so as to sum logarithms;
+here the recurrence itself is run, 1 - z is the sigmoid of the negated gate and loses no digits, and
+either candidate is stable.
 """
 
 from typing import Literal, NamedTuple
@@ -34,7 +34,7 @@ class MinGRU(Mixer):
     Args:
         d_model: width D.
         expand: hidden units R as a multiple of `d_model`; `expand * d_model` is rounded.
-        candidate: `positive` as in the paper's language models, or `linear`.
+        candidate: `positive` as in appendix B, or `linear` as in section 3.1.
         bias: biases in the projections.
     """
 

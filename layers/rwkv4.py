@@ -5,7 +5,7 @@
     y_t = W_o (sigmoid(r_t) * wkv_t),  w = exp(time_decay),  u = time_first
 
 O(T) time, state of one token and three numbers a channel. Peng et al., 2023, arXiv:2305.13048,
-equations 11 to 15. Its channel mix is `rwkv_channel`.
+section 3.1. Its channel mix is `rwkv_channel`.
 """
 
 import math

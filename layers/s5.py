@@ -5,7 +5,7 @@
 
 with P/2 complex states standing for P in conjugate pairs, A = A_real + i A_imag, a step exp(log_dt)
 for each state, and (A', B') from (A, B) by zero-order hold or the bilinear rule. O(T) time, a state
-of P floats. Smith et al., 2022, arXiv:2208.04933, section 3 and appendices B and G. Re A is held
+of P floats. Smith et al., 2022, arXiv:2208.04933, sections 3 and 4, and appendix B. Re A is held
 at -1e-4 or below, as the authors' code does for autoregressive tasks (`clip_eigs`), and GELU is by
 its tanh formula, as theirs.
 """
@@ -48,7 +48,7 @@ class S5(Mixer):
     paper = "arXiv:2208.04933"
     kernel = "scan"
     variants = ({"d_state": 12, "n_blocks": 3, "discretisation": "bilinear"},)
-    # A lower learning rate and no weight decay, appendix G.2 of the paper.
+    # A lower learning rate and no weight decay, as the authors train these.
     ssm_parameters = ("A_real", "A_imag", "B", "log_dt")
 
     def __init__(

@@ -6,8 +6,8 @@
 
 with W and R block-diagonal over the heads, and c, n kept as multiples of exp(m_t) so that nothing
 overflows. O(T) time, token after token; a state of 4 D floats and the convolution's tail. Beck et
-al., 2024, arXiv:2405.04517, section 2.2, appendix A.2 and figure 10. The layer ends with the norm:
-the gated up and down projection that the figure puts behind it is a channel mixer (`swiglu`).
+al., 2024, arXiv:2405.04517, section 2.2 and appendix A. The layer ends with the norm: the gated
+up and down projection that the authors put behind it is a channel mixer (`swiglu`).
 """
 
 from typing import NamedTuple

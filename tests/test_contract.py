@@ -32,6 +32,8 @@ def test_long_sequences_stay_finite_in_full(case: Case):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*jit.script.*:DeprecationWarning")  # within torch 2.13
+@pytest.mark.filterwarnings("ignore:.*code generation for complex operators.*:UserWarning")
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_inductor_equals_eager(case: Case):
     properties.compiles(case, backend="inductor")

@@ -35,7 +35,7 @@ def slstm(
 
     A state of zeros is empty: where n is 0, m counts as minus infinity, so that the first token has
     m = i and n = 1. From there n >= 1, whatever the gates. O(T) time, and steps of it. Beck et al.,
-    "xLSTM", arXiv:2405.04517, section 2.2 and appendix A.2.
+    "xLSTM", arXiv:2405.04517, section 2.2 and appendix A.
 
     Args:
         gates: what the input gives to i, f, z and o, (B, T, 4, H, K), any real floating dtype.

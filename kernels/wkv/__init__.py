@@ -39,7 +39,7 @@ def wkv(
     """y_t = (sum_{i<t} e^{k_i - (t-1-i) w} v_i + e^{u + k_t} v_t) / (the same without v).
 
     O(T) time, and of the states only those at block borders outlive the forward pass. Peng et al.,
-    "RWKV", arXiv:2305.13048, equations 14 and 19 to 25.
+    "RWKV", arXiv:2305.13048, section 3.1.
 
     The state holds what the sums over i < t would be at the next token: numerator a e^p and
     denominator b e^p, where p is the largest exponent so far. It means the same as

@@ -82,8 +82,8 @@ def backward(
 
     The first two of `dstate` and of what is returned for the initial state are gradients of a and b
     with p held; the third belongs to whatever gives p its value. With z = (v, 1), s the sums, and
-    (numerator, denominator)_t = old_t s_{t-1} + new_t z_t getting o_t = dy_t (1, -y_t) / denominator,
-    the gradient of s_{t-1} is kept_t times that of s_t, and old_t o_t.
+    (numerator, denominator)_t = old_t s_{t-1} + new_t z_t, which gets o_t = (dy_t, -y_t dy_t) /
+    denominator, the gradient of s_{t-1} is kept_t times that of s_t, plus old_t o_t.
     """
     dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (k, v))
     dw, du = (torch.zeros_like(x, dtype=torch.float64) for x in (w, u))

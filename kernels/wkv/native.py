@@ -57,4 +57,4 @@ def _flags(flags: Tensor | None, like: Tensor) -> Tensor:
 
 def _sizes(k: Tensor, reset: Tensor | None, mask: Tensor | None) -> tuple[int, ...]:
     asked = int(reset is not None), int(mask is not None)
-    return *k.shape, *asked, threads(16 * k.numel())  # an element costs as much as 16 of a scan's
+    return *k.shape, *asked, threads(2 * k.numel())  # an element costs as much as two of a scan
