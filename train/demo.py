@@ -256,13 +256,14 @@ def draw(out: Path, results: Sequence[Result], length: int) -> None:
     for result in results:
         curves.plot(*_curve(out / result.swapped / "metrics.csv"), label=result.swapped)
         beyond.plot([n / length for n in result.lengths], [*result.lengths.values()], "o-")
-    kib = [result.state_bytes_long / 1024 for result in results]
-    carried.bar([result.swapped for result in results], kib, color=["C0", "C1"])
+    mib = [result.state_bytes_long / 2**20 for result in results]
+    carried.bar([result.swapped for result in results], mib, color=["C0", "C1"])
     curves.set(xlabel="step", ylabel="training loss, bits a byte")
     curves.legend(title=f"entry {SWAPPED} is", frameon=False)
     beyond.set(xlabel="window / training length", ylabel="bits a byte, same targets")
     beyond.set_xscale("log", base=2)
-    carried.set(ylabel=f"state after {LONG:,} tokens, KiB")
+    beyond.xaxis.set_major_formatter("{x:.0f}x")
+    carried.set(ylabel=f"state after {LONG:,} tokens, MiB")
     for axes in (curves, beyond, carried):
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(out / "comparison.png", dpi=150)

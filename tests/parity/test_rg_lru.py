@@ -115,3 +115,75 @@ def test_parameters_start_as_published():
     assert abs(ours.conv_weight.std() * 20 - 1) < 0.05
     assert not ours.gate_bias.any()
     assert not ours.conv_bias.any()
+
+
+class Ours(nn.Module):
+    """One of our mixers in the place of a block of theirs."""
+
+    def __init__(self, mixer: nn.Module) -> None:
+        super().__init__()
+        self.mixer = mixer
+
+    def forward(self, x: Tensor, **others: object) -> tuple[Tensor, None]:
+        return self.mixer(x)[0], None
+
+
+def test_a_whole_recurrent_gemma_with_our_mixers_gives_the_same_logits():
+    from transformers import RecurrentGemmaConfig, RecurrentGemmaForCausalLM
+
+    config = RecurrentGemmaConfig(
+        hidden_size=32,
+        lru_width=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=1,
+        attention_window_size=9,
+        vocab_size=50,
+    )
+    model = RecurrentGemmaForCausalLM(config).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p), alpha=0.1)
+    ids = torch.randint(0, 50, (2, 40))
+    wanted = model(ids, use_cache=False).logits.detach()
+    replaced = []
+    for layer in model.model.layers:
+        block = layer.temporal_block
+        replaced.append(type(block).__name__)
+        layer.temporal_block = Ours(
+            attention_like(block) if hasattr(block, "q_proj") else like(block)
+        )
+    assert sorted(set(replaced)) == ["RecurrentGemmaAttention", "RecurrentGemmaRecurrentBlock"]
+    assert relative_error(model(ids, use_cache=False).logits, wanted) <= 1e-4
+
+
+def like(block: nn.Module) -> nn.Module:
+    ours = create_mixer("rg_lru", 32)
+    gates = block.rg_lru
+    given = {"conv_weight": block.conv_1d.weight[:, 0], "conv_bias": block.conv_1d.bias}
+    for mine, other in (("gate", "linear_y"), ("in", "linear_x"), ("out", "linear_out")):
+        linear = block.get_submodule(other)
+        given |= {f"{mine}_proj.weight": linear.weight, f"{mine}_proj.bias": linear.bias}
+    given["decay_param"] = gates.recurrent_param
+    given["gate_weight"] = torch.stack([gates.recurrent_gate_weight, gates.input_gate_weight])
+    biases = [gates.recurrent_gate_bias, gates.input_gate_bias]
+    given["gate_bias"] = torch.stack([b.flatten() for b in biases])
+    ours.load_state_dict(given)
+    return ours
+
+
+def attention_like(block: nn.Module) -> nn.Module:
+    ours = create_mixer(
+        "attention",
+        32,
+        n_heads=4,
+        n_kv_heads=1,
+        window=9,
+        bias=True,
+        position={"name": "rope", "fraction": 0.5},
+    )
+    given = {name: x for name, x in block.state_dict().items() if "proj" in name}
+    blank = {name: torch.zeros_like(x) for name, x in ours.state_dict().items() if "bias" in name}
+    ours.load_state_dict(blank | given)
+    return ours
