@@ -40,6 +40,13 @@ PRESETS: dict[str, dict[str, Any]] = {
     # Complete in themselves: a Mamba stack has no channel mixers (arXiv:2312.00752, section 3.4).
     "mamba-tiny": {"d_model": 128, "pattern": ["mamba"], "repeats": 8},
     "mamba2-tiny": {"d_model": 128, "pattern": ["mamba2"], "repeats": 8},
+    # Peng et al., 2023, arXiv:2305.13048: time mix and channel mix, and layer norms.
+    "rwkv4-tiny": {
+        "d_model": 128,
+        "pattern": ["rwkv4", "rwkv_channel"],
+        "repeats": 4,
+        "norm": "layernorm",
+    },
     # Fedus et al., 2021, arXiv:2101.03961: experts in every other channel mixer.
     "switch-tiny": {
         "d_model": 128,

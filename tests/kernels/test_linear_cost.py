@@ -13,10 +13,13 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from seqzoo.kernels.decay import decay
 from seqzoo.kernels.dispatch import BACKENDS
 from seqzoo.kernels.scan import scan
 from seqzoo.kernels.selective_scan import selective_scan
 from seqzoo.kernels.short_conv import short_conv
+from seqzoo.kernels.slstm import slstm
+from seqzoo.kernels.wkv import wkv
 
 FEW, SHORT, LONG = 64, 256, 1024
 Run = Callable[[str, int], tuple[Tensor, list[Tensor]]]  # (backend, T) -> output, what it came from
@@ -45,6 +48,22 @@ def run_short_conv(backend: str, T: int) -> tuple[Tensor, list[Tensor]]:
     return y, [x, weight, bias, start]
 
 
+def run_wkv(backend: str, T: int) -> tuple[Tensor, list[Tensor]]:
+    k, v, w, u = leaf(2, T, 32), leaf(2, T, 32), leaf(32), leaf(32)
+    return wkv(k, v, w, u, backend=backend)[0], [k, v, w, u]
+
+
+def run_decay(backend: str, T: int) -> tuple[Tensor, list[Tensor]]:
+    q, k, v, g = leaf(2, T, 2, 8), leaf(2, T, 2, 8), leaf(2, T, 2, 8), leaf(2, T, 2, 8)
+    start = leaf(2, 2, 8, 8)
+    return decay(q, k, v, -g, initial_state=start, backend=backend)[0], [q, k, v, g, start]
+
+
+def run_slstm(backend: str, T: int) -> tuple[Tensor, list[Tensor]]:
+    gates, recurrent = leaf(2, T, 4, 2, 8), leaf(4, 2, 8, 8)
+    return slstm(gates, recurrent, backend=backend)[0], [gates, recurrent]
+
+
 def run_diseased(_: str, T: int) -> tuple[Tensor, list[Tensor]]:
     a, b = leaf(2, T, 32), leaf(2, T, 32)
     h, state = [], torch.zeros(2, 32)
@@ -54,7 +73,14 @@ def run_diseased(_: str, T: int) -> tuple[Tensor, list[Tensor]]:
     return torch.stack(h, dim=1), [a, b]
 
 
-KERNELS = {"scan": run_scan, "selective_scan": run_selective_scan, "short_conv": run_short_conv}
+KERNELS = {
+    "decay": run_decay,
+    "scan": run_scan,
+    "selective_scan": run_selective_scan,
+    "short_conv": run_short_conv,
+    "slstm": run_slstm,
+    "wkv": run_wkv,
+}
 CASES = [
     pytest.param(run, backend.name, id=f"{name}-{backend.name}")
     for name, run in KERNELS.items()

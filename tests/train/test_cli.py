@@ -64,6 +64,7 @@ def checkpoint(path: str) -> dict:
     [
         (["--model.decoder.pattern=mamba22"], "no mixer 'mamba22'; nearest: mamba2"),
         (["--model.decoder.mixer=mamba2"], "give one of them"),
+        (["--preset=hybrid-tinny"], "no preset 'hybrid-tinny'; nearest: hybrid-tiny"),
         (["--model.decoder.position=ropee"], "no position 'ropee'; nearest: rope"),
         (["--model.decoder.d_model=18"], "d_model=18 is not divisible by n_heads=4; nearest: 16"),
         (["--model.decoder.options={attention: {heads: 2}}"], "named 'heads'; nearest: n_heads"),
@@ -308,3 +309,12 @@ def test_listing_mixers_does_not_import_lightning():
     )
     assert done.returncode == 0, done.stderr
     assert "swiglu" in done.stdout
+
+
+def test_a_preset_is_where_the_decoder_starts_from_and_what_is_typed_beats_it(place, capsys):
+    words = ["--preset", "rwkv4-tiny", "--model.decoder.repeats", "1", "--print_config"]
+    assert main(["fit", *words]) == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    decoder = printed["model"]["init_args"]["decoder"]
+    assert decoder["pattern"] == ["rwkv4", "rwkv_channel"]
+    assert (decoder["repeats"], decoder["norm"]) == (1, "layernorm")

@@ -1,102 +1,158 @@
-"""Time mixers against their own shorter runs and against other people's modules, side by side.
+"""Measure speed: our kernels against other people's code, and a mixer against its shorter runs.
+
+`seqzoo bench kernels` times each kernel and what it is compared with in turn, in one process, and
+prints medians, ratios and whether the project's goals are met on this machine. Believe the ratios,
+not the milliseconds. A ratio "x as fast" should be high; "x the time" should be low.
 
 `seqzoo bench length` takes one training step (forward and backward) of a mixer at growing lengths:
 linear cost shows as time(4T) / time(T) near 4. Where transformers has the same layer, its plain
-PyTorch path runs beside ours at the shortest length, in the same process. Medians; one thread by
-default; believe the ratios, not the milliseconds.
+PyTorch path runs beside ours at the shortest length.
 """
 
 import argparse
-import statistics
-import time
-from collections.abc import Callable
+import json
+import os
+import platform
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
 
 import torch
-from torch import Tensor, nn
 
-from seqzoo.layers import create_mixer
+from seqzoo.kernels.errors import check_positive, unknown
+from seqzoo.train.bench.cases import CASES
+from seqzoo.train.bench.compare import SECONDS, Row, compare
+from seqzoo.train.bench.length import by_length
+from seqzoo.train.bench.operations import OPERATIONS, SIZES
+from seqzoo.train.bench.startup import starts
+from seqzoo.train.commands.doctor import version_of
+from seqzoo.train.commands.list import table
+
+HEAD = ("kernel", "what", "tokens", "ours", "other", "compared with", "ratio", "goal", "met", "")
+PACKAGES = ("seqzoo", "torch", "transformers", "mambapy")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What the command takes."""
-    parser.add_argument("what", choices=["length"], help="length: time per step against length")
-    parser.add_argument("--mixer", default="mamba", help="name in `seqzoo list` (default: mamba)")
-    parser.add_argument("--lengths", default="512,1024,2048,4096", help="tokens, comma-separated")
-    parser.add_argument("--d_model", type=int, default=128, help="width (default: 128)")
-    parser.add_argument("--batch_size", type=int, default=2, help="rows (default: 2)")
-    parser.add_argument("--repeats", type=int, default=7, help="runs per median (default: 7)")
-    parser.add_argument("--threads", type=int, default=1, help="torch threads (default: 1)")
+    """Two things to measure, each with its options."""
+    what = parser.add_subparsers(dest="what", required=True)
+    kernels = what.add_parser("kernels", help="every kernel against other code and its goals")
+    kernels.add_argument("--only", default="", help="kernels, comma-separated (default: all)")
+    kernels.add_argument(
+        "--full", action="store_true", help="at full length even where others take minutes"
+    )
+    kernels.add_argument("--json", type=Path, metavar="FILE", help="write everything there too")
+    length = what.add_parser("length", help="a mixer's time per step against length")
+    length.add_argument("--mixer", default="mamba", help="name in `seqzoo list` (default: mamba)")
+    length.add_argument("--lengths", default="512,1024,2048,4096", help="tokens, comma-separated")
+    length.add_argument("--d_model", type=int, default=128, help="width (default: 128)")
+    length.add_argument("--batch_size", type=int, default=2, help="rows (default: 2)")
+    for each in (kernels, length):
+        each.add_argument("--repeats", type=int, default=7, help="runs per median (default: 7)")
+        each.add_argument("--threads", type=int, default=1, help="torch threads (default: 1)")
+        each.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
 
 
 def run(args: argparse.Namespace) -> None:
     """Print the table."""
+    check_positive(threads=args.threads, repeats=args.repeats)
+    if args.device != "cpu" and not (args.device.startswith("cuda") and torch.cuda.is_available()):
+        raise ValueError(f"--device {args.device} is not here; cpu is, or cuda where there is one")
     torch.set_num_threads(args.threads)
-    torch.manual_seed(0)
+    if args.what == "kernels":
+        _kernels(args)
+    else:
+        _length(args)
+
+
+def _kernels(args: argparse.Namespace) -> None:
+    names = [name for name in args.only.split(",") if name] or list(OPERATIONS)
+    for name in names:
+        if name not in OPERATIONS:
+            raise unknown("kernel to measure named", name, OPERATIONS)
+    rows = []
+    sys.stdout.write(_conditions(args) + "\n\n")
+    for row in _rows(names, args):
+        rows.append(row)
+        sys.stderr.write(f"\r{len(rows)} measured")
+    sys.stderr.write("\n")
+    sys.stdout.write(table([HEAD, *map(_cells, rows)]))
+    met = [row.met for row in rows if row.met is not None]
+    sys.stdout.write(f"\n{sum(met)} of {len(met)} goals met\n")
+    if args.json:
+        args.json.write_text(json.dumps(_record(args, rows), indent=1) + "\n")
+
+
+def _rows(names: list[str], args: argparse.Namespace) -> Iterator[Row]:
+    for case in CASES:
+        if case.kernel in names:
+            yield compare(case, repeats=args.repeats, device=args.device, full=args.full)
+    yield from starts(names)
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    return (
+        row.kernel,
+        row.what,
+        str(row.tokens or ""),
+        f"{row.ours_ms:.1f} ms",
+        "" if row.other_ms is None else f"{row.other_ms:.1f} ms",
+        row.other,
+        row.words,
+        row.goal,
+        {True: "yes", False: "NO", None: "-"}[row.met],
+        row.note,
+    )
+
+
+def _conditions(args: argparse.Namespace) -> str:
+    sizes = ", ".join(f"{name} {size}" for name, size in SIZES.items())
+    versions = ", ".join(f"{name} {version_of(name)}" for name in PACKAGES)
+    return (
+        f"{_device(args.device)}, {args.threads} thread(s), float32, {sizes}\n"
+        f"{versions}\nmedians of {args.repeats} runs, fewer where those take over {SECONDS:g} s"
+    )
+
+
+def _record(args: argparse.Namespace, rows: list[Row]) -> dict[str, object]:
+    return {
+        "device": _device(args.device),
+        "platform": platform.platform(),
+        "processors": os.cpu_count(),
+        "threads": args.threads,
+        "repeats": args.repeats,
+        "dtype": "float32",
+        "sizes": SIZES,
+        "versions": {"python": platform.python_version()} | {p: version_of(p) for p in PACKAGES},
+        "rows": [asdict(row) for row in rows],
+    }
+
+
+def _device(device: str) -> str:
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
     try:
-        lengths = sorted(int(word) for word in args.lengths.split(","))
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.machine())
+
+
+def _length(args: argparse.Namespace) -> None:
+    try:
+        lengths = sorted({int(word) for word in args.lengths.split(",")})
     except ValueError:
         raise ValueError(
             f"--lengths {args.lengths!r} is not a list of whole numbers like 512,1024"
         ) from None
-    mixer = create_mixer(args.mixer, args.d_model)
-    inputs = {T: torch.randn(args.batch_size, T, args.d_model) for T in lengths}
-    # Interleaved, so that what else the machine does falls on all lengths alike.
-    times = interleaved(
-        {T: step(lambda x: mixer(x)[0], mixer, x) for T, x in inputs.items()}, args.repeats
-    )
-    threads = torch.get_num_threads()
-    print(
+    check_positive(lengths=lengths[0], batch_size=args.batch_size)
+    sys.stdout.write(
         f"{args.mixer}, forward and backward, batch {args.batch_size}, width {args.d_model}, "
-        f"float32, median of {args.repeats}, {threads} thread(s), torch {torch.__version__}\n"
+        f"float32, {_device(args.device)}, median of {args.repeats}, {args.threads} thread(s), "
+        f"torch {torch.__version__}\n\n"
     )
-    first = lengths[0]
-    print(f"{'tokens':>8} {'ms a step':>10} {'us a token':>11} {'times the first':>16}")
-    for T in lengths:
-        us = 1000 * times[T] / (T * args.batch_size)
-        print(f"{T:>8} {times[T]:>10.1f} {us:>11.2f} {times[T] / times[first]:>15.1f}x")
-    peer = _peer(args.mixer, args.d_model)
-    if peer is not None:
-        name, module = peer
-        theirs = interleaved({first: step(module, module, inputs[first])}, 1, warm=False)[first]
-        print(
-            f"\n{name} at {first} tokens: {theirs:.0f} ms, {theirs / times[first]:.0f} times ours"
-        )
-
-
-def step(forward: Callable[[Tensor], Tensor], module: nn.Module, x: Tensor) -> Callable[[], None]:
-    """One training step: forward and the gradients of every parameter and of the input."""
-    x = x.requires_grad_()
-    sources = [x, *(p for p in module.parameters() if p.requires_grad)]
-
-    def take() -> None:
-        torch.autograd.grad(forward(x).sum(), sources, allow_unused=True)
-
-    return take
-
-
-def interleaved(
-    steps: dict[int, Callable[[], None]], repeats: int, warm: bool = True
-) -> dict[int, float]:
-    """Median milliseconds of each step, all taken in turn `repeats` times."""
-    if warm:
-        for take in steps.values():
-            take()
-    taken: dict[int, list[float]] = {key: [] for key in steps}
-    for _ in range(repeats):
-        for key, take in steps.items():
-            start = time.perf_counter()
-            take()
-            taken[key].append(1000 * (time.perf_counter() - start))
-    return {key: statistics.median(values) for key, values in taken.items()}
-
-
-def _peer(mixer: str, d_model: int) -> tuple[str, nn.Module] | None:
-    """Somebody else's module of the same sizes, on its path without compiled kernels."""
-    if mixer != "mamba":
-        return None
-    from transformers import MambaConfig
-    from transformers import __version__ as version
-    from transformers.models.mamba.modeling_mamba import MambaMixer
-
-    config = MambaConfig(hidden_size=d_model, state_size=16, num_hidden_layers=1)
-    return f"transformers {version} MambaMixer, slow path", MambaMixer(config, layer_idx=0)
+    sizes = {"d_model": args.d_model, "batch_size": args.batch_size}
+    sys.stdout.write(
+        by_length(args.mixer, lengths, repeats=args.repeats, device=args.device, **sizes)
+    )

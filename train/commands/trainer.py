@@ -5,6 +5,7 @@
 - A checkpoint's own settings are the defaults of a command that names it with `--ckpt_path`; what
   is typed or read from a file beats them. `--ckpt_path last` goes on with the run's newest whole
   checkpoint, and `fit` starts afresh when there is none: one command, run again after a crash.
+- `--preset NAME` starts from a named decoder; what is typed or read from a file beats it too.
 - Files given with `-c` merge from left to right. Typed fields merge; a list replaces a list, and a
   mixer's entry in `model.decoder.options` replaces that whole entry.
 """
@@ -32,6 +33,7 @@ from seqzoo.train.data import Tokens
 from seqzoo.train.guards import SaveOnSigterm, StopOnNaN
 from seqzoo.train.module import LINKED, Training
 from seqzoo.train.resume import ExactResume
+from seqzoo.zoo.presets import list_models, preset
 
 WORDS = {
     "fit": "Train a model.",
@@ -105,6 +107,8 @@ class Cli(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The run's name, its checkpoints, and what the data tell the model."""
         parser.add_argument("--run", default="default", help="name of the folder under runs/")
+        named = ", ".join(list_models())
+        parser.add_argument("--preset", default=None, help=f"decoder to start from: {named}")
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
         parser.add_lightning_class_args(StopOnNaN, "guard")
         parser.set_defaults({f"checkpoint.{key}": value for key, value in CHECKPOINT.items()})
@@ -120,17 +124,21 @@ class Cli(LightningCLI):
             )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:  # noqa: ANN401
-        """Parse, with the settings of the checkpoint that is named as defaults."""
-        self.config = parser.parse_args(self.words)
+        """Parse twice: the settings of the checkpoint and preset that are named are defaults."""
+        self.config = parser.parse_args([w for w in self.words if "--print_config" not in w])
         given = self.config[self.config.subcommand]
         checkpoint = self._checkpoint(given)
+        default: dict[str, Any] = {"class_path": given.model.class_path, "init_args": {}}
         if checkpoint is not None:
             self.stored = read_checkpoint(checkpoint)
             own = {k: v for k, v in self.stored.settings.items() if k not in LINKED}
             default = {"class_path": self.stored.task, "init_args": own}
+        if given.preset is not None:
+            default["init_args"]["decoder"] = preset(given.preset).to_dict()
+        if checkpoint is not None or given.preset is not None:
             self._subcommand_parsers[self.config.subcommand].set_defaults({"model": default})
-            self.config = parser.parse_args(self.words)
-            given = self.config[self.config.subcommand]
+        self.config = parser.parse_args(self.words)
+        given = self.config[self.config.subcommand]
         given.ckpt_path = None if checkpoint is None else str(checkpoint)
         given.checkpoint.dirpath = given.checkpoint.dirpath or str(self._folder / "checkpoints")
 

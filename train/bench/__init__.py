@@ -1,0 +1,1 @@
+"""What `seqzoo bench` measures: how, against whom, and with which goals."""

@@ -1,0 +1,67 @@
+"""The comparisons: which kernel, with what, at how many tokens, and the goal."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from seqzoo.train.bench import peers
+from seqzoo.train.bench.operations import Run
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of the table.
+
+    Attributes:
+        kernel: name in `OPERATIONS`.
+        other: what it is compared with, in words.
+        load: the other computation, on the same inputs; None: the kernel itself at a quarter of the
+            length.
+        tokens: the length for which the goal is set.
+        faster: the goal: at least so many times as fast as the other; or
+        slower: the goal: at most so many times its time.
+        backward: forward and backward, or forward alone.
+        short: the length measured unless the full one is asked for, where the other takes minutes.
+    """
+
+    kernel: str
+    other: str
+    load: Callable[[], Run] | None
+    tokens: int
+    faster: float = 0
+    slower: float = 0
+    backward: bool = True
+    short: int = 0
+
+
+SLOW = "transformers, loop over tokens"
+CASES = (
+    Case(
+        "selective_scan",
+        SLOW,
+        peers.transformers_selective_scan,
+        4096,
+        faster=100,
+        backward=False,
+    ),
+    Case("selective_scan", SLOW, peers.transformers_selective_scan, 1024, faster=1000, short=256),
+    Case("selective_scan", "mambapy, parallel scan", peers.mambapy_selective_scan, 1024, faster=30),
+    Case("scan", "torch.add of its inputs", peers.add, 4096, slower=1.25, backward=False),
+    Case("scan", "torch.add of its inputs", peers.add, 4096, slower=6),
+    Case("wkv", SLOW, peers.transformers_wkv, 4096, faster=500, short=1024),
+    Case("short_conv", "conv1d of transposed", peers.conv1d_transposed, 4096, faster=7),
+    Case("decay", "transformers, Mamba-2 in chunks", peers.transformers_mamba2, 4096, faster=4),
+    Case("long_conv", "one FFT of everything", peers.whole_fft, 4096, faster=2),
+    Case("attention", "full masked SDPA", peers.masked_sdpa, 4096, faster=10, backward=False),
+    *(
+        Case(kernel, "itself, a quarter as long", None, 4096, slower=8)
+        for kernel in (
+            "scan",
+            "selective_scan",
+            "wkv",
+            "short_conv",
+            "long_conv",
+            "decay",
+            "attention",
+        )
+    ),
+)
