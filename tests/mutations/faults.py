@@ -23,6 +23,7 @@ class Fault:
 SCAN = "kernels/scan/__init__.py"
 RG_LRU = "layers/rg_lru.py"
 CONV = "kernels/short_conv/chunked.py"
+CONV_C = "kernels/short_conv/native.c"
 SELECTIVE = "kernels/selective_scan/chunked.py"
 MAMBA = "layers/mamba.py"
 ATTENTION = "layers/attention.py"
@@ -111,23 +112,23 @@ FAULTS = (
     ),
     Fault(
         "the convolution's window crosses documents",
-        CONV,
-        "torch.where(same[..., None], x[:, j : j + T], 0)",
-        "x[:, j : j + T]",
+        CONV_C,
+        "for (i64 j = 1; j < W; j++) row[j - 1] = reset && reset[b * T + t] ? zeros : row[j];",
+        "for (i64 j = 1; j < W; j++) row[j - 1] = row[j];",
         "mamba",
     ),
     Fault(
         "the tail holds padding",
-        CONV,
-        "order = order.byte().argsort(dim=1, stable=True)",
-        "order = torch.arange(order.shape[1]).expand_as(order)",
+        CONV_C,
+        "copy(zeros, y + at, n);",
+        "copy(row[W - 1] = zeros, y + at, n);",
         "mamba",
     ),
     Fault(
         "the tail of one document reaches the next pass",
-        CONV,
-        "return y, torch.where(same[..., None], x[:, T:], 0)",
-        "return y, x[:, T:]",
+        CONV_C,
+        "copy(row[j], tail + past",
+        "copy(T < W ? row[j] : x + (b * T + T - W + j) * D + first, tail + past",
         "mamba",
     ),
     Fault(
@@ -253,9 +254,9 @@ FAULTS = (
     ),
     Fault(
         "a state-space model starts every pass from nothing",
-        "layers/s4d.py",
-        "initial_state=start, reset=ctx.reset",
-        "initial_state=None, reset=ctx.reset",
+        "layers/linear_system.py",
+        "initial_state=start, reset=reset",
+        "initial_state=None, reset=reset",
         "s4d",
     ),
     Fault(

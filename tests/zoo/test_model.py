@@ -151,7 +151,6 @@ def enable_checkpointing(model):
     (new or model.gradient_checkpointing_enable)()
 
 
-
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 def test_gradient_checkpointing_changes_no_gradient_with_auxiliary_losses(language_model, dropout):
     decoder = {"pattern": [USER, "attention"], "repeats": 2, "dropout": dropout}
