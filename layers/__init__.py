@@ -15,19 +15,33 @@ CATALOGUE: dict[str, str] = {
     # attention
     "attention": "seqzoo.layers.attention:Attention",
     # state-space models and recurrences
+    "dss": "seqzoo.layers.dss:DSS",
+    "h3": "seqzoo.layers.h3:H3",
     "hgrn": "seqzoo.layers.hgrn:HGRN",
     "lru": "seqzoo.layers.lru:LRU",
     "mamba": "seqzoo.layers.mamba:Mamba",
     "mamba2": "seqzoo.layers.mamba2:Mamba2",
+    "mega": "seqzoo.layers.mega:Mega",
     "mingru": "seqzoo.layers.mingru:MinGRU",
     "rg_lru": "seqzoo.layers.rg_lru:RGLRU",
     "rwkv4": "seqzoo.layers.rwkv4:RWKV4",
+    "s4": "seqzoo.layers.s4:S4",
     "s4d": "seqzoo.layers.s4d:S4D",
     "s5": "seqzoo.layers.s5:S5",
+    "slstm": "seqzoo.layers.slstm:SLSTM",
     # linear attention
     "aft_full": "seqzoo.layers.aft:AFTFull",
     "aft_simple": "seqzoo.layers.aft:AFTSimple",
+    "based": "seqzoo.layers.based:Based",
+    "cosformer": "seqzoo.layers.cosformer:CosFormer",
+    "deltanet": "seqzoo.layers.deltanet:DeltaNet",
+    "gated_deltanet": "seqzoo.layers.gated_deltanet:GatedDeltaNet",
     "gla": "seqzoo.layers.gla:GLA",
+    "hgrn2": "seqzoo.layers.hgrn2:HGRN2",
+    "kda": "seqzoo.layers.kda:KDA",
+    "lightning_attention": "seqzoo.layers.lightning_attention:LightningAttention",
+    "linear_transformer": "seqzoo.layers.linear_transformer:LinearTransformer",
+    "retnet": "seqzoo.layers.retnet:RetNet",
     # long convolutions
     "hyena": "seqzoo.layers.hyena:Hyena",
     # channel mixers

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import logsigmoid, silu
+from torch.nn.functional import logsigmoid, rms_norm, silu
 
 from seqzoo.kernels.decay import decay
 from seqzoo.kernels.dispatch import accumulator
@@ -97,7 +97,8 @@ class GLA(Mixer):
             reset=ctx.reset,
             mask=ctx.mask,
         )
-        y = self.norm(o) * silu(gate.to(o.dtype))
+        # In the precision of the sums, whatever `.to(bfloat16)` made of the weight.
+        y = rms_norm(o, o.shape[-1:], self.norm.weight.to(o.dtype), EPS) * silu(gate.to(o.dtype))
         y = self.o_proj(y.to(gate.dtype).flatten(-2))
         return y, None if state is None else GLAState(S)
 

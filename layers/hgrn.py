@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import silu
+from torch.nn.functional import layer_norm, silu
 
 from seqzoo.kernels.dispatch import accumulator
 from seqzoo.kernels.errors import check_positive
@@ -103,7 +103,9 @@ class HGRN(Mixer):
                 mask=ctx.mask,
             )
             h, last = torch.cat([turned.real, turned.imag], dim=-1), torch.view_as_real(last)
-        y = self.out_proj(self.norm(h).to(gate.dtype) * gate)
+        weight, bias = self.norm.weight.to(h.dtype), self.norm.bias.to(h.dtype)
+        h = layer_norm(h, h.shape[-1:], weight, bias, self.norm.eps)
+        y = self.out_proj(h.to(gate.dtype) * gate)
         return y, None if state is None else HGRNState(last)
 
     def init_state(

@@ -426,6 +426,11 @@ def half_precision(case: Case) -> None:
         assert found.isfinite().all()
         error = float(((found - wanted).norm() / wanted.norm()).detach())
         assert error <= bound, f"autocast to {dtype}: {error:.1e} is above {bound:.0e}"
+        half = case.build(dtype=dtype)  # all parameters cast, as `model.to(dtype)` does
+        y, state = half(x.to(dtype), half.init_state(2) if half.caps.causality != "none" else None)
+        assert y.dtype == dtype
+        assert y.isfinite().all()
+        assert all(s.isfinite().all() for s in floats(state))
 
 
 def long(case: Case, length: int = 65_536) -> None:

@@ -15,6 +15,7 @@ from seqzoo.kernels.decay.chunked import forward as chunked_forward
 from seqzoo.kernels.decay.reference import decay as reference_decay
 from seqzoo.kernels.dispatch import Backend, accumulator, choose, declare, full_precision
 from seqzoo.kernels.errors import check_shape, not_divisible, unknown
+from seqzoo.kernels.operator import operator
 
 declare("decay", Backend("chunked"), Backend("reference"))
 
@@ -153,7 +154,7 @@ def _vectorised(
     return o, last
 
 
-@torch.library.custom_op("seqzoo::decay", mutates_args=())
+@operator("seqzoo::decay")
 def _chunks(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, initial_state: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -169,7 +170,7 @@ def _(
     return v.new_empty(v.shape, dtype=states.dtype), states.new_empty(states.shape[1:]), states
 
 
-@torch.library.custom_op("seqzoo::decay_backward", mutates_args=())
+@operator("seqzoo::decay_backward")
 def _chunks_backward(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, states: Tensor, do: Tensor, dstate: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

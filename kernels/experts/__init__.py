@@ -17,6 +17,7 @@ from seqzoo.kernels.dispatch import Backend, accumulator, choose, declare, full_
 from seqzoo.kernels.errors import check_shape
 from seqzoo.kernels.experts.chunked import backward, forward
 from seqzoo.kernels.experts.reference import experts as reference_experts
+from seqzoo.kernels.operator import operator
 
 declare("experts", Backend("chunked"), Backend("reference"))
 
@@ -116,7 +117,7 @@ def grouped_matmul(x: Tensor, weight: Tensor, sizes: Tensor) -> Tensor:
     return y
 
 
-@torch.library.custom_op("seqzoo::grouped_matmul", mutates_args=())
+@operator("seqzoo::grouped_matmul")
 def _grouped_matmul(x: Tensor, weight: Tensor, sizes: Tensor) -> Tensor:
     return forward(x, weight, sizes)
 
@@ -126,7 +127,7 @@ def _(x: Tensor, weight: Tensor, sizes: Tensor) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[2])
 
 
-@torch.library.custom_op("seqzoo::grouped_matmul_backward", mutates_args=())
+@operator("seqzoo::grouped_matmul_backward")
 def _grouped_matmul_backward(
     x: Tensor, weight: Tensor, sizes: Tensor, dy: Tensor
 ) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,7 @@ from seqzoo.kernels.dispatch import Backend, accumulator, choose, declare
 from seqzoo.kernels.errors import check_shape
 from seqzoo.kernels.long_conv.chunked import backward, forward
 from seqzoo.kernels.long_conv.reference import long_conv as reference_long_conv
+from seqzoo.kernels.operator import operator
 
 declare("long_conv", Backend("chunked"), Backend("reference"))
 
@@ -70,7 +71,7 @@ def long_conv(
     return y.to(given)
 
 
-@torch.library.custom_op("seqzoo::long_conv", mutates_args=())
+@operator("seqzoo::long_conv")
 def _long_conv(u: Tensor, kernel: Tensor, runs: Tensor | None) -> Tensor:
     return forward(u, kernel, runs)
 
@@ -80,7 +81,7 @@ def _(u: Tensor, kernel: Tensor, runs: Tensor | None) -> Tensor:
     return torch.empty_like(u, memory_format=torch.contiguous_format)
 
 
-@torch.library.custom_op("seqzoo::long_conv_backward", mutates_args=())
+@operator("seqzoo::long_conv_backward")
 def _long_conv_backward(
     u: Tensor, kernel: Tensor, runs: Tensor | None, dy: Tensor
 ) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from seqzoo.kernels.dispatch import Backend, accumulator, choose, declare
 from seqzoo.kernels.errors import check_shape
+from seqzoo.kernels.operator import operator
 from seqzoo.kernels.scan.reference import scan as reference_scan
 
 REAL = (torch.float32, torch.float64)
@@ -61,12 +62,7 @@ def scan(
     if b.ndim != 3:
         raise ValueError(f"b is {tuple(b.shape)}; scan takes (B, T, D)")
     B, T, D = b.shape
-    try:
-        a = torch.broadcast_to(a, b.shape)
-    except RuntimeError as error:
-        raise ValueError(
-            f"a is {tuple(a.shape)} and does not broadcast to b {(B, T, D)}"
-        ) from error
+    a = _broadcast(a, b)
     if a.is_complex() != b.is_complex():
         raise ValueError(f"a is {a.dtype} and b is {b.dtype}; both must be real, or both complex")
     if reset is not None:
@@ -100,7 +96,7 @@ def _broadcast(a: Tensor, b: Tensor) -> Tensor:
         raise ValueError(shapes) from error
 
 
-@torch.library.custom_op("seqzoo::scan", mutates_args=())
+@operator("seqzoo::scan")
 def _scan(
     a: Tensor, b: Tensor, initial_state: Tensor, reverse: bool, backend: str
 ) -> tuple[Tensor, Tensor]:
@@ -117,7 +113,7 @@ def _(
     )
 
 
-@torch.library.custom_op("seqzoo::scan_backward", mutates_args=())
+@operator("seqzoo::scan_backward")
 def _scan_backward(
     a: Tensor,
     h: Tensor,

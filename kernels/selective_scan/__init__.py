@@ -12,12 +12,15 @@ from torch import Tensor
 
 from seqzoo.kernels.dispatch import Backend, accumulator, choose, declare, full_precision
 from seqzoo.kernels.errors import check_shape
+from seqzoo.kernels.operator import operator
 from seqzoo.kernels.selective_scan.reference import selective_scan as reference_selective_scan
 
+SINGLE = (torch.float32, torch.float16, torch.bfloat16)
 MANY = "more than 64 states a channel"
 declare(
     "selective_scan",
-    Backend("native", ("cpu",), (torch.float32,), needs=("compiler",), lacks=frozenset([MANY])),
+    Backend("native", ("cpu",), SINGLE, needs=("compiler",), lacks=frozenset([MANY])),
+    Backend("fused", ("cuda",), SINGLE, needs=("triton",), lacks=frozenset([MANY])),
     Backend("chunked"),
     Backend("reference"),
 )
@@ -52,7 +55,7 @@ def selective_scan(
         reset: (B, T) bool; True empties the state before the token.
         mask: (B, T) bool; False leaves the state untouched; y there means nothing. `reset` is never
             True there.
-        backend: `native`, `chunked` or `reference`; chosen by device and dtype when None.
+        backend: `native`, `fused`, `chunked` or `reference`; chosen by device and dtype when None.
 
     Returns:
         y: (B, T, D) in the dtype of `u`.
@@ -83,10 +86,16 @@ def selective_scan(
     if initial_state is None:
         initial_state = u.new_zeros(rows, channels, N, dtype=wide)
     check_shape("initial_state", initial_state.shape, (rows, channels, N), "(B, D, N)")
-    u, dt, A, B, C, initial_state = (x.to(wide) for x in (u, dt, A, B, C, initial_state))
+    A, initial_state = A.to(wide), initial_state.to(wide)
+    if wide != torch.float32:
+        u = u.to(wide)
     chosen = choose("selective_scan", u, backend, (MANY,) if N > 64 else ())
+    if T == 1:
+        chosen = "reference"  # a single step needs no block
+    if chosen != "fused":  # which widens in registers
+        u, dt, B, C = (x.to(wide) for x in (u, dt, B, C))
     with full_precision(u):
-        if chosen == "reference" or T == 1:  # a single step needs no block
+        if chosen == "reference":
             y, state = reference_selective_scan(u, dt, A, B, C, initial_state, reset)
         else:
             y, state, _ = _selective_scan(u, dt, A, B, C, initial_state, reset, chosen)
@@ -94,7 +103,7 @@ def selective_scan(
     return y.to(given), state
 
 
-@torch.library.custom_op("seqzoo::selective_scan", mutates_args=())
+@operator("seqzoo::selective_scan")
 def _selective_scan(
     u: Tensor,
     dt: Tensor,
@@ -105,7 +114,10 @@ def _selective_scan(
     reset: Tensor | None,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Output, last state, and what the backward pass needs: the states before each block."""
+    """Output, last state, and what the backward pass needs: the states before each block.
+
+    All in the dtype of the states: the skip is added before the output is rounded.
+    """
     y, state, borders = _module(backend).forward(u, dt, A, B, C, initial_state, reset)
     return y, state, borders
 
@@ -123,10 +135,11 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor]:
     step = _module(backend).BLOCK
     blocks = (u.shape[1] + step - 1) // step
-    return _like(u), _like(initial_state), initial_state.new_empty(blocks, *initial_state.shape)
+    y = initial_state.new_empty(u.shape)
+    return y, _like(initial_state), initial_state.new_empty(blocks, *initial_state.shape)
 
 
-@torch.library.custom_op("seqzoo::selective_scan_backward", mutates_args=())
+@operator("seqzoo::selective_scan_backward")
 def _selective_scan_backward(
     u: Tensor,
     dt: Tensor,

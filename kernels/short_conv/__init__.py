@@ -3,23 +3,36 @@
 Carries the local mixing of Mamba, Mamba-2, RG-LRU, H3, Hyena and the delta rules, and token shift.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
 from seqzoo.kernels.dispatch import Backend, accumulator, choose, declare, full_precision
 from seqzoo.kernels.errors import check_shape, unknown
+from seqzoo.kernels.operator import operator
 from seqzoo.kernels.short_conv.chunked import short_conv as chunked_short_conv
+from seqzoo.kernels.short_conv.native import backward, forward
 from seqzoo.kernels.short_conv.reference import short_conv as reference_short_conv
 
+HALF = (torch.float16, torch.bfloat16)
+MANY = "more than 16 taps"
 declare(
     "short_conv",
     Backend(
         "causal_conv1d",
         ("cuda",),
-        (torch.float32, torch.float16, torch.bfloat16),
+        (torch.float32, *HALF),
         needs=("causal_conv1d",),
-        lacks=frozenset({"reset", "mask", "so few tokens", "so many taps", "tracing"}),
+        lacks=frozenset({"reset", "mask", "so few tokens", "so many taps", MANY, "tracing"}),
+    ),
+    Backend(
+        "native",
+        ("cpu",),
+        (torch.float32, torch.float64, *HALF),
+        needs=("compiler",),
+        lacks=frozenset({MANY}),
     ),
     Backend("chunked"),
     Backend("reference"),
@@ -53,7 +66,8 @@ def short_conv(
         mask: (B, T) bool; a token where it is False is skipped, and y there is 0. `reset` is never
             True there.
         backend: `causal_conv1d` (CUDA, 2 to 4 taps, neither reset nor mask, when that package is
-            there), `chunked` or `reference`; the first that can serve the call when None.
+            there), `native` (CPU, up to 16 taps), `chunked` or `reference`; the first that can
+            serve the call when None.
 
     Returns:
         y: (B, T, D) in the dtype of `x`.
@@ -88,25 +102,104 @@ def short_conv(
 
         tail = initial_state.to(x.dtype)
         return packaged_short_conv(x, weight, bias, tail, activation)
-    run = reference_short_conv if chosen == "reference" else chunked_short_conv
+    given, kept = x.dtype, torch.promote_types(x.dtype, initial_state.dtype)
     wide = accumulator(torch.promote_types(x.dtype, weight.dtype))
     bias = weight.new_zeros(D) if bias is None else bias
+    x, weight, bias, tail = (v.to(wide) for v in (x, weight, bias, initial_state))
+    if chosen == "native":
+        y, tail = _short_conv(x, weight, bias, tail, reset, mask, activation == "silu")
+        return y.to(given), tail.to(kept)
+    run = reference_short_conv if chosen == "reference" else chunked_short_conv
     if mask is not None:
         x = torch.where(mask[..., None], x, 0)
     with full_precision(x):
-        y, tail = run(
-            x.to(wide), weight.to(wide), bias.to(wide), initial_state.to(wide), reset, mask
-        )
+        y, tail = run(x, weight, bias, tail, reset, mask)
         y = silu(y) if activation == "silu" else y
-    return y.to(x.dtype), tail.to(torch.promote_types(x.dtype, initial_state.dtype))
+    return y.to(given), tail.to(kept)
+
+
+@operator("seqzoo::short_conv")
+def _short_conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    tail: Tensor,
+    reset: Tensor | None,
+    mask: Tensor | None,
+    silu: bool,
+) -> tuple[Tensor, Tensor]:
+    y, last = forward(x, weight, bias, tail, reset, mask, silu)
+    return y, last
+
+
+@_short_conv.register_fake
+def _(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    tail: Tensor,
+    reset: Tensor | None,
+    mask: Tensor | None,
+    silu: bool,
+) -> tuple[Tensor, Tensor]:
+    return _like(x), _like(tail)
+
+
+@operator("seqzoo::short_conv_backward")
+def _short_conv_backward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    tail: Tensor,
+    reset: Tensor | None,
+    mask: Tensor | None,
+    dy: Tensor,
+    dtail: Tensor,
+    silu: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dx, dweight, dbias, dstart = backward(x, weight, bias, tail, reset, mask, dy, dtail, silu)
+    return dx, dweight, dbias, dstart
+
+
+@_short_conv_backward.register_fake
+def _(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    tail: Tensor,
+    reset: Tensor | None,
+    mask: Tensor | None,
+    dy: Tensor,
+    dtail: Tensor,
+    silu: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _like(x), _like(weight), _like(bias), _like(tail)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:  # noqa: ANN401
+    *given, ctx.silu = inputs
+    ctx.save_for_backward(*given)
+
+
+def _differentiate(ctx: Any, dy: Tensor, dtail: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
+    given = _short_conv_backward(*ctx.saved_tensors, dy, dtail, ctx.silu)
+    return *given, None, None, None
+
+
+_short_conv.register_autograd(_differentiate, setup_context=_save)
+
+
+def _like(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def _features(T: int, W: int, reset: Tensor | None, mask: Tensor | None) -> tuple[str, ...]:
     asked = {
         "reset": reset is not None,
         "mask": mask is not None,
-        "so few tokens": T < max(W - 1, 1),
+        "so few tokens": max(W - 1, 1) > T,
         "so many taps": not 2 <= W <= 4,
+        MANY: W > 16,
         "tracing": torch.compiler.is_compiling(),
     }
     return tuple(name for name, is_asked in asked.items() if is_asked)

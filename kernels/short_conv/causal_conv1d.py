@@ -1,4 +1,4 @@
-"""The short convolution by the package causal-conv1d: one fused CUDA kernel, when it is installed."""
+"""The short convolution by the package causal-conv1d: one fused CUDA kernel."""
 
 from torch import Tensor
 

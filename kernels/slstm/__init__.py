@@ -12,6 +12,7 @@ from torch import Tensor
 
 from seqzoo.kernels.dispatch import Backend, accumulator, choose, declare, full_precision
 from seqzoo.kernels.errors import check_shape
+from seqzoo.kernels.operator import operator
 from seqzoo.kernels.slstm.reference import slstm as reference_slstm
 
 declare("slstm", Backend("chunked"), Backend("reference"))
@@ -74,7 +75,7 @@ def slstm(
     return h.to(given), state
 
 
-@torch.library.custom_op("seqzoo::slstm", mutates_args=())
+@operator("seqzoo::slstm")
 def _slstm(
     gates: Tensor,
     recurrent: Tensor,
@@ -101,7 +102,7 @@ def _(
     return gates.new_empty(B, T, H, K), _like(initial_state), gates.new_empty(T, 4, H, B, K)
 
 
-@torch.library.custom_op("seqzoo::slstm_backward", mutates_args=())
+@operator("seqzoo::slstm_backward")
 def _slstm_backward(
     gates: Tensor,
     recurrent: Tensor,

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from seqzoo.kernels.dispatch import Backend, accumulator, choose, declare
 from seqzoo.kernels.errors import check_shape
+from seqzoo.kernels.operator import operator
 from seqzoo.kernels.wkv.reference import wkv as reference_wkv
 
 REAL = (torch.float32, torch.float64)
@@ -94,7 +95,7 @@ def no_tokens(
     return torch.cat([sums, torch.full_like(sums[:, :1], EMPTY)], dim=1)
 
 
-@torch.library.custom_op("seqzoo::wkv", mutates_args=())
+@operator("seqzoo::wkv")
 def _wkv(
     k: Tensor,
     v: Tensor,
@@ -126,7 +127,7 @@ def _(
     return _like(k), _like(initial_state), initial_state.new_empty(blocks, *initial_state.shape)
 
 
-@torch.library.custom_op("seqzoo::wkv_backward", mutates_args=())
+@operator("seqzoo::wkv_backward")
 def _wkv_backward(
     k: Tensor,
     v: Tensor,

@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn.functional import gelu, silu
 from torch.utils.flop_counter import FlopCounterMode
 
-from seqzoo.kernels.experts import _grouped_matmul, experts, grouped_matmul
+from seqzoo.kernels.experts import experts, grouped_matmul
 from tests.tolerances import assert_close_to_reference
 
 E, I, H, O = 5, 6, 9, 7
@@ -125,7 +125,9 @@ def test_grouped_matmul_leaves_no_garbage_behind_the_last_group(poisoned_empty):
 
 def test_custom_op_is_registered_rightly():
     x, weight = torch.randn(7, 3, requires_grad=True), torch.randn(4, 3, 5, requires_grad=True)
-    torch.library.opcheck(_grouped_matmul, (x, weight, torch.tensor([2, 0, 3, 1])))
+    torch.library.opcheck(
+        torch.ops.seqzoo.grouped_matmul.default, (x, weight, torch.tensor([2, 0, 3, 1]))
+    )
 
 
 @pytest.mark.parametrize("backend", ["chunked", "reference"])

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from seqzoo.kernels.long_conv import _long_conv, chunked, long_conv
+from seqzoo.kernels.long_conv import chunked, long_conv
 from tests.tolerances import assert_close_to_reference
 
 LENGTHS = [(1, 1), (2, 5), (63, 63), (64, 64), (65, 7), (100, 130)]
@@ -118,7 +118,7 @@ def test_gradcheck(documents):
 def test_custom_op_is_registered_rightly(documents):
     u, kernel, _ = inputs(2, 9, 3, 9)
     runs = packed(2, 9).cumsum(1) if documents else None
-    torch.library.opcheck(_long_conv, (u, kernel, runs))
+    torch.library.opcheck(torch.ops.seqzoo.long_conv.default, (u, kernel, runs))
 
 
 @pytest.mark.parametrize(("B", "T"), [(2, 0), (0, 5), (0, 0)])

@@ -4,7 +4,6 @@ import pytest
 import torch
 from torch import Tensor
 
-import seqzoo.kernels.selective_scan as package
 from seqzoo.kernels.dispatch import BACKENDS, accumulator
 from seqzoo.kernels.selective_scan import selective_scan
 from seqzoo.kernels.selective_scan.chunked import BLOCK
@@ -243,7 +242,9 @@ def test_compiles_without_a_graph_break(backend, used):
 def test_the_operator_declares_what_it_does(backend, reset):
     u, dt, A, B, C, _, start = inputs(2, BLOCK + 4, 3, 4, torch.float32).values()
     flag = flags(2, BLOCK + 4)["reset"] if reset else None
-    torch.library.opcheck(package._selective_scan, (u, dt, A, B, C, start, flag, backend))
+    torch.library.opcheck(
+        torch.ops.seqzoo.selective_scan.default, (u, dt, A, B, C, start, flag, backend)
+    )
 
 
 def test_more_states_than_native_holds_are_refused_there_and_served_elsewhere():

@@ -1,8 +1,11 @@
 """The short convolution against a float64 loop over time and against torch's own convolution."""
 
 import dataclasses
+import os
+import subprocess
 import sys
 from functools import partial
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -284,6 +287,20 @@ def test_the_operators_are_what_they_say_to_torch(used):
     values = [v.detach() for v in given.values()]
     backward = torch.ops.seqzoo.short_conv_backward.default
     torch.library.opcheck(backward, (*values, *flagged, *gradients, True))
+
+
+def test_a_call_does_not_import_the_whole_compiler_of_torch():
+    code = (
+        "import sys, torch; from seqzoo.kernels.short_conv import short_conv; "
+        "x = torch.ones(1, 5, 3, requires_grad=True); "
+        "short_conv(x, torch.ones(3, 2), backend='native')[0].sum().backward(); "
+        "print('torch._dynamo' in sys.modules)"
+    )
+    root = Path(__file__).parents[2]
+    environment = os.environ | {"PYTHONPATH": str(root / "src")}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
 
 
 def test_more_taps_than_the_native_code_takes_are_served_by_another():

@@ -65,6 +65,21 @@ report["namespaces"] = sorted(n for n in dir(torch.ops) if n.startswith("seqzoo"
 print(json.dumps(report))
 """
 
+# Two folders with the same code, as two checkpoints of one run have: operators meet by name.
+TWINS = """
+import json, sys
+from pathlib import Path
+sys.modules["seqzoo"] = None
+import torch
+from transformers import AutoModelForCausalLM
+folder = Path(sys.argv[1])
+sums = []
+for name in ("one", "two", "one"):
+    model = AutoModelForCausalLM.from_pretrained(folder / name, trust_remote_code=True)
+    sums.append(model(torch.arange(9)[None]).logits.sum().item())
+print(json.dumps({"sums": sums}))
+"""
+
 # The library's kernels and a bundle in one process; the library's models are not imported.
 TOGETHER = """
 import json, sys
@@ -156,6 +171,14 @@ def test_a_bundle_and_the_library_live_in_one_process(exported):
     assert "seqzoo" in namespaces
     assert len(namespaces) == 2
     assert all(report.values()), report
+
+
+def test_two_exports_with_the_same_code_live_in_one_process(tmp_path):
+    for name in ("one", "two"):
+        decoder = {"d_model": 32, "pattern": ["mamba", "rg_lru", "hyena"], "max_length": 64}
+        export(ZooForCausalLM(ZooConfig(decoder=decoder, vocab_size=20)), tmp_path / name)
+    first, second, again = run(TWINS, tmp_path)["sums"]
+    assert first == again != second
 
 
 def test_with_the_library_its_own_class_is_used_and_no_flag_is_needed(exported):

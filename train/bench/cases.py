@@ -50,6 +50,7 @@ CASES = (
     Case("wkv", SLOW, peers.transformers_wkv, 4096, faster=500, short=1024),
     Case("short_conv", "conv1d of transposed", peers.conv1d_transposed, 4096, faster=7),
     Case("decay", "transformers, Mamba-2 in chunks", peers.transformers_mamba2, 4096, faster=4),
+    Case("delta", "fla, PyTorch in chunks", peers.fla_delta, 4096, faster=10),
     Case("long_conv", "one FFT of everything", peers.whole_fft, 4096, faster=2),
     Case("attention", "full masked SDPA", peers.masked_sdpa, 4096, faster=10, backward=False),
     *(
@@ -61,6 +62,7 @@ CASES = (
             "short_conv",
             "long_conv",
             "decay",
+            "delta",
             "attention",
         )
     ),

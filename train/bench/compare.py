@@ -39,7 +39,7 @@ def compare(case: Case, *, repeats: int, device: str, full: bool) -> Row:
     absent = ""
     try:
         other = run if case.load is None else case.load()
-    except (ImportError, AttributeError) as error:  # not installed, or of another version
+    except (ImportError, OSError, AttributeError, KeyError) as error:  # absent, or another version
         absent = f"cannot be had here: {error}"
     else:
         sides["other"] = _step(case, other, tokens if case.load else tokens // 4, device)
@@ -47,7 +47,7 @@ def compare(case: Case, *, repeats: int, device: str, full: bool) -> Row:
     what = "forward, backward" if case.backward else "forward"
     row = Row(case.kernel, what, tokens, times["ours"].ms, case.other, note=absent)
     row.runs = tuple(t.runs for t in times.values())
-    row.goal = f">= {case.faster:g} x" if case.faster else f"<= {case.slower:g} x"
+    row.goal = f">= {case.faster:,g} x" if case.faster else f"<= {case.slower:g} x"
     if not absent:
         row.other_ms = times["other"].ms
         _judge(row, case)
@@ -58,7 +58,8 @@ def _judge(row: Row, case: Case) -> None:
     assert row.other_ms is not None
     if case.faster:
         row.ratio = row.other_ms / row.ours_ms
-        row.words, met = f"{row.ratio:.3g} x as fast", row.ratio >= case.faster
+        digits = 0 if row.ratio >= 10 else 1
+        row.words, met = f"{row.ratio:,.{digits}f} x as fast", row.ratio >= case.faster
     else:
         row.ratio = row.ours_ms / row.other_ms
         row.words, met = f"{row.ratio:.2f} x the time", row.ratio <= case.slower

@@ -8,10 +8,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import softplus
+from torch.nn.functional import normalize, softplus
 
 from seqzoo.kernels.attention import attention
 from seqzoo.kernels.decay import decay
+from seqzoo.kernels.delta import delta
 from seqzoo.kernels.long_conv import long_conv
 from seqzoo.kernels.scan import scan
 from seqzoo.kernels.selective_scan import selective_scan
@@ -43,6 +44,11 @@ def _for_decay(T: int) -> Inputs:
     return {"q": q, "k": k, "v": v, "dt": softplus(torch.randn(B, T, H) - 2)}
 
 
+def _for_delta(T: int) -> Inputs:
+    q, k, v = torch.randn(3, B, T, H, P).unbind()
+    return {"q": q, "k": normalize(k, dim=-1), "v": v, "beta": torch.rand(B, T, H)}
+
+
 def _mamba2(x: Inputs) -> Tensor:
     return decay(x["q"], x["k"], x["v"] * x["dt"][..., None], -x["dt"])[0]
 
@@ -71,6 +77,7 @@ OPERATIONS = {
         lambda x: long_conv(*x.values()),
     ),
     "decay": Operation(_for_decay, _mamba2),
+    "delta": Operation(_for_delta, lambda x: delta(*x.values(), scale=P**-0.5)[0]),
     "attention": Operation(
         lambda T: dict(zip("qkv", torch.randn(3, B, T, H, P).unbind(), strict=True)),
         lambda x: attention(x["q"], x["k"], x["v"], window=WINDOW),

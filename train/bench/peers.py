@@ -5,6 +5,9 @@ ImportError of a package that is not there is told in the row.
 """
 
 from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from runpy import run_path
 
 import torch
 from torch import Tensor
@@ -64,6 +67,21 @@ def transformers_mamba2() -> Run:
         A = x["dt"].new_full(x["dt"].shape[-1:], -1.0)
         y: Tensor = slow(x["v"], x["dt"], A, x["k"], x["q"], chunk_size=256)
         return y
+
+    return run
+
+
+def fla_delta() -> Run:
+    """Its plain PyTorch, in chunks of 32: that file alone, since the package wants Triton."""
+    package = find_spec("fla")
+    if package is None or not package.submodule_search_locations:
+        raise ImportError("the package fla-core is not installed")
+    folder = Path(package.submodule_search_locations[0])
+    slow = run_path(str(folder / "ops/delta_rule/naive.py"))["delta_rule_chunkwise"]
+
+    def run(x: Inputs) -> Tensor:
+        y: Tensor = slow(*(x[name].transpose(1, 2) for name in ("q", "k", "v", "beta")))[0]
+        return y.transpose(1, 2)
 
     return run
 

@@ -30,7 +30,7 @@ from seqzoo.train.commands.doctor import version_of
 from seqzoo.train.commands.list import table
 
 HEAD = ("kernel", "what", "tokens", "ours", "other", "compared with", "ratio", "goal", "met", "")
-PACKAGES = ("seqzoo", "torch", "transformers", "mambapy")
+PACKAGES = ("seqzoo", "torch", "transformers", "mambapy", "fla-core")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

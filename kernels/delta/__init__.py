@@ -1,0 +1,194 @@
+"""The delta rule: a state that corrects what it holds under a key, S += beta k (v - S^T k)^T.
+
+Carries DeltaNet, Gated DeltaNet and Kimi delta attention.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from seqzoo.kernels.decay.chunked import chunk_count
+from seqzoo.kernels.delta.chunked import backward as chunked_backward
+from seqzoo.kernels.delta.chunked import forward as chunked_forward
+from seqzoo.kernels.delta.chunked import step
+from seqzoo.kernels.delta.reference import delta as reference_delta
+from seqzoo.kernels.dispatch import Backend, accumulator, choose, declare, full_precision
+from seqzoo.kernels.errors import check_shape
+from seqzoo.kernels.operator import operator
+
+declare("delta", Backend("chunked"), Backend("reference"))
+
+
+def delta(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    log_decay: Tensor | None = None,
+    *,
+    scale: float = 1.0,
+    initial_state: Tensor | None = None,
+    reset: Tensor | None = None,
+    mask: Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """S = Diag(w_t) S_{t-1}; S_t = S + beta_t k_t (v_t - S^T k_t)^T; o_t = scale q_t^T S_t.
+
+    With w = exp(log_decay). O(T K V) time. The caller normalises the keys: the state stays bounded
+    while beta |k|^2 is in [0, 2], and explodes beyond. Yang et al., "Parallelizing Linear
+    Transformers with the Delta Rule", arXiv:2406.06484; "Gated Delta Networks", arXiv:2412.06464;
+    Kimi Team, "Kimi Linear", arXiv:2510.26692; above beta = 1, Grazzi et al., arXiv:2411.12537.
+
+    Args:
+        q: queries (B, T, H, K).
+        k: keys (B, T, H, K), of norm 1.
+        v: values (B, T, H, V).
+        beta: how much of what the key holds is replaced, (B, T, H), in [0, 2].
+        log_decay: <= 0, -inf included; (B, T, H), (B, T, H, K) for a decay per key channel, or None
+            for none.
+        scale: factor of the output.
+        initial_state: S before the first token, (B, H, K, V); zero when None.
+        reset: (B, T) bool; True empties the state before the token.
+        mask: (B, T) bool; False leaves the state untouched, and o there means nothing.
+        backend: `chunked` or `reference`; `chunked` when None.
+
+    Returns:
+        o: (B, T, H, V) in the dtype of `v`.
+        state: (B, H, K, V), the last S, in float32 or wider. Both are differentiable.
+
+    Raises:
+        ValueError: shapes that do not fit, or a backend that cannot serve the call.
+    """
+    _check(q, k, v, beta, log_decay)
+    B, T, H, V = v.shape
+    for name, flags in (("reset", reset), ("mask", mask)):
+        if flags is not None:
+            check_shape(name, flags.shape, (B, T), "(B, T)")
+    shape = (B, H, k.shape[-1], V)
+    wide = v.dtype
+    for x in (q, k, beta, log_decay, initial_state):
+        wide = wide if x is None else torch.promote_types(wide, x.dtype)
+    wide = accumulator(wide)
+    if initial_state is None:
+        initial_state = torch.zeros(shape, device=v.device, dtype=wide)
+    check_shape("initial_state", initial_state.shape, shape, "(B, H, K, V)")
+    state = initial_state.to(wide)
+    chosen = choose("delta", v, backend)
+    with full_precision(v):
+        q = q if scale == 1 else q.to(wide) * scale
+        if chosen == "reference":
+            g = None if log_decay is None else log_decay.to(wide)
+            q, k, values, beta = (x.to(wide) for x in (q, k, v, beta))
+            o, state = reference_delta(q, k, values, beta, g, state, reset, mask)
+        else:
+            o, state = _vectorised(q, k, v, beta, log_decay, state, reset, mask)
+    return o.to(v.dtype), state
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor | None) -> None:
+    if v.ndim != 4 or k.ndim != 4:
+        raise ValueError(f"k is {tuple(k.shape)}, v is {tuple(v.shape)}; delta takes (B, T, H, K)")
+    B, T, H, _ = v.shape
+    keys = (B, T, H, k.shape[-1])
+    check_shape("k", k.shape, keys, "(B, T, H, K)")
+    check_shape("q", q.shape, keys, "(B, T, H, K)")
+    check_shape("beta", beta.shape, (B, T, H), "(B, T, H)")
+    if log_decay is not None and log_decay.ndim == 3:
+        check_shape("log_decay", log_decay.shape, (B, T, H), "(B, T, H)")
+    elif log_decay is not None:
+        check_shape("log_decay", log_decay.shape, keys, "(B, T, H, K)")
+
+
+def _vectorised(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    g: Tensor | None,
+    state: Tensor,
+    reset: Tensor | None,
+    mask: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Everything said with keys, betas and decays alone, then the chunks."""
+    if v.shape[0] * v.shape[1] == 0:
+        return v, state
+    beta = beta[..., None]
+    if g is None:
+        g = state.new_zeros(beta.shape)
+    g = g[..., None] if g.ndim == 3 else g
+    if mask is not None:  # keys as well: junk must not meet the others in the triangular inverse
+        k, beta, g = (torch.where(mask[..., None, None], x, 0) for x in (k, beta, g))
+    if reset is not None:
+        g = torch.where(reset[..., None, None], -torch.inf, g)
+    if v.shape[1] == 1:
+        return step(q, k, v, beta, g, state)
+    o, last, _ = _chunks(q, k, v, beta, g, state)
+    return o, last
+
+
+@operator("seqzoo::delta")
+def _chunks(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor, initial_state: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    o, states = chunked_forward(q, k, v, beta, g, initial_state)
+    return o, states[-1].clone(), states
+
+
+@_chunks.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor, initial_state: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    states = initial_state.new_empty(1 + chunk_count(v.shape[1]), *initial_state.shape)
+    return v.new_empty(v.shape, dtype=states.dtype), states.new_empty(states.shape[1:]), states
+
+
+@operator("seqzoo::delta_backward")
+def _chunks_backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    g: Tensor,
+    states: Tensor,
+    do: Tensor,
+    dstate: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    with full_precision(v):
+        return chunked_backward(q, k, v, beta, g, states, do, dstate)
+
+
+@_chunks_backward.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    g: Tensor,
+    states: Tensor,
+    do: Tensor,
+    dstate: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dq, dk, dv, dbeta, dg = (x.new_empty(x.shape) for x in (q, k, v, beta, g))
+    return dq, dk, dv, dbeta, dg, dstate.new_empty(dstate.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:  # noqa: ANN401
+    ctx.save_for_backward(*inputs[:5], output[2])
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(
+    ctx: Any,  # noqa: ANN401  # torch's own type
+    do: Tensor | None,
+    dstate: Tensor | None,
+    _: None,
+) -> tuple[Tensor, ...]:
+    *inputs, states = ctx.saved_tensors
+    do = states.new_zeros(inputs[2].shape) if do is None else do
+    dstate = states.new_zeros(states.shape[1:]) if dstate is None else dstate
+    gradients: tuple[Tensor, ...] = _chunks_backward(*inputs, states, do, dstate)
+    return gradients
+
+
+_chunks.register_autograd(_differentiate, setup_context=_save)
