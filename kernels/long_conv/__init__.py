@@ -3,6 +3,8 @@
 Carries S4, S4D, DSS, H3, Hyena and MEGA.
 """
 
+from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -10,11 +12,17 @@ from torch import Tensor
 
 from seqzoo.kernels.dispatch import Backend, accumulator, choose, declare
 from seqzoo.kernels.errors import check_shape
-from seqzoo.kernels.long_conv.chunked import backward, forward
 from seqzoo.kernels.long_conv.reference import long_conv as reference_long_conv
 from seqzoo.kernels.operator import operator
 
-declare("long_conv", Backend("chunked"), Backend("reference"))
+REAL = (torch.float32, torch.float64)
+DOCUMENTS = "documents"
+declare(
+    "long_conv",
+    Backend("native", ("cpu",), REAL, needs=("compiler",), lacks=frozenset([DOCUMENTS])),
+    Backend("chunked"),
+    Backend("reference"),
+)
 
 
 def long_conv(
@@ -39,7 +47,8 @@ def long_conv(
         skip: (D,) weight of the input itself; none when None.
         document: (B, T) integers; a change of value from one token to the next starts a document,
             and no term of the sum crosses into another one.
-        backend: `chunked` (FFT) or `reference` (the explicit sum); `chunked` when None.
+        backend: `native` and `chunked` (FFT) or `reference` (the explicit sum); the first that can
+            serve the call when None.
 
     Returns:
         y: (B, T, D) in the dtype of `u`.
@@ -62,45 +71,55 @@ def long_conv(
         runs = torch.cat([torch.zeros_like(document[:, :1], dtype=runs.dtype), runs], dim=1)
     given, wide = u.dtype, accumulator(torch.promote_types(u.dtype, kernel.dtype))
     u, kernel = u.to(wide), kernel[:, : max(T, 1)].to(wide)
-    if choose("long_conv", u, backend) == "reference":
+    chosen = choose("long_conv", u, backend, () if runs is None else (DOCUMENTS,))
+    if chosen == "reference":
         y = reference_long_conv(u, kernel, runs)
     else:
-        y = _long_conv(u, kernel, runs)
+        y = _long_conv(u, kernel, runs, chosen)
     if skip is not None:
         y = y + skip.to(wide) * u
     return y.to(given)
 
 
 @operator("seqzoo::long_conv")
-def _long_conv(u: Tensor, kernel: Tensor, runs: Tensor | None) -> Tensor:
-    return forward(u, kernel, runs)
+def _long_conv(u: Tensor, kernel: Tensor, runs: Tensor | None, backend: str) -> Tensor:
+    y: Tensor = _module(backend).forward(u, kernel, runs)
+    return y
 
 
 @_long_conv.register_fake
-def _(u: Tensor, kernel: Tensor, runs: Tensor | None) -> Tensor:
+def _(u: Tensor, kernel: Tensor, runs: Tensor | None, backend: str) -> Tensor:
     return torch.empty_like(u, memory_format=torch.contiguous_format)
 
 
 @operator("seqzoo::long_conv_backward")
 def _long_conv_backward(
-    u: Tensor, kernel: Tensor, runs: Tensor | None, dy: Tensor
+    u: Tensor, kernel: Tensor, runs: Tensor | None, dy: Tensor, backend: str
 ) -> tuple[Tensor, Tensor]:
-    return backward(u, kernel, runs, dy)
+    du, dkernel = _module(backend).backward(u, kernel, runs, dy)
+    return du, dkernel
 
 
 @_long_conv_backward.register_fake
-def _(u: Tensor, kernel: Tensor, runs: Tensor | None, dy: Tensor) -> tuple[Tensor, Tensor]:
+def _(
+    u: Tensor, kernel: Tensor, runs: Tensor | None, dy: Tensor, backend: str
+) -> tuple[Tensor, Tensor]:
     du, dkernel = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (u, kernel))
     return du, dkernel
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ANN401
-    ctx.save_for_backward(*inputs)
+    *tensors, ctx.backend = inputs
+    ctx.save_for_backward(*tensors)
 
 
 def _differentiate(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
     u, kernel, runs = ctx.saved_tensors
-    return *_long_conv_backward(u, kernel, runs, dy), None
+    return *_long_conv_backward(u, kernel, runs, dy, ctx.backend), None, None
 
 
 _long_conv.register_autograd(_differentiate, setup_context=_save)
+
+
+def _module(backend: str) -> ModuleType:
+    return import_module(f"{__name__}.{backend}")

@@ -98,7 +98,10 @@ def selective_scan(
         if chosen == "reference":
             y, state = reference_selective_scan(u, dt, A, B, C, initial_state, reset)
         else:
-            y, state, _ = _selective_scan(u, dt, A, B, C, initial_state, reset, chosen)
+            inputs = (u, dt, A, B, C, initial_state)
+            trained = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+            keep = trained or chosen != "native"
+            y, state, _ = _selective_scan(*inputs, reset, chosen, keep)
         y = y if D is None else torch.addcmul(y, u, D.to(wide))
     return y.to(given), state
 
@@ -113,12 +116,15 @@ def _selective_scan(
     initial_state: Tensor,
     reset: Tensor | None,
     backend: str,
+    keep: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output, last state, and what the backward pass needs: the states before each block.
 
-    All in the dtype of the states: the skip is added before the output is rounded.
+    All in the dtype of the states: the skip is added before the output is rounded. `native` alone
+    knows how not to keep the states.
     """
-    y, state, borders = _module(backend).forward(u, dt, A, B, C, initial_state, reset)
+    options = {} if keep else {"keep": False}
+    y, state, borders = _module(backend).forward(u, dt, A, B, C, initial_state, reset, **options)
     return y, state, borders
 
 
@@ -132,9 +138,10 @@ def _(
     initial_state: Tensor,
     reset: Tensor | None,
     backend: str,
+    keep: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     step = _module(backend).BLOCK
-    blocks = (u.shape[1] + step - 1) // step
+    blocks = (u.shape[1] + step - 1) // step if keep else 0
     y = initial_state.new_empty(u.shape)
     return y, _like(initial_state), initial_state.new_empty(blocks, *initial_state.shape)
 
@@ -175,7 +182,7 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:  # noqa: ANN401
-    u, dt, A, B, C, _, reset, ctx.backend = inputs
+    u, dt, A, B, C, _, reset, ctx.backend, _ = inputs
     borders = output[2]
     ctx.mark_non_differentiable(borders)
     ctx.save_for_backward(u, dt, A, B, C, reset, borders)
@@ -189,7 +196,7 @@ def _differentiate(
 ) -> tuple[Tensor | None, ...]:
     with full_precision(dy):  # backward() may be called under autocast
         given = _selective_scan_backward(*ctx.saved_tensors, dy, dstate, ctx.backend)
-    return *given, None, None
+    return *given, None, None, None
 
 
 _selective_scan.register_autograd(_differentiate, setup_context=_save)

@@ -21,14 +21,18 @@ def forward(
     C: Tensor,
     initial_state: Tensor,
     reset: Tensor | None,
+    keep: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See `seqzoo.kernels.selective_scan.chunked.forward`."""
+    """See `seqzoo.kernels.selective_scan.chunked.forward`; no borders unless they are to be kept.
+
+    Inside, borders are (N, D) for each block and row, which is how vectors of channels leave them.
+    """
     given = [x.contiguous() for x in (u, dt, A, B, C, initial_state)]
     flags = (u.new_empty(0, dtype=torch.bool) if reset is None else reset).contiguous()
     (rows, T, D), N = u.shape, A.shape[1]
     y, state = torch.empty_like(given[0]), torch.empty_like(given[5])
-    borders = state.new_empty((T + BLOCK - 1) // BLOCK, *state.shape)
-    sizes = (rows, T, D, N, int(reset is not None), threads(u.numel() * N))
+    borders = state.new_empty((T + BLOCK - 1) // BLOCK if keep else 0, *state.shape)
+    sizes = (rows, T, D, N, int(reset is not None), int(keep), threads(u.numel() * N))
     call(_library(), "selective_scan_forward", *given, flags, y, state, borders, *sizes)
     return y, state, borders
 

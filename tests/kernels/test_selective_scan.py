@@ -1,5 +1,7 @@
 """The selective scan against a float64 loop over time, and against its solution in closed form."""
 
+from importlib import import_module
+
 import pytest
 import torch
 from torch import Tensor
@@ -79,12 +81,13 @@ def test_every_number_is_within_budget_of_the_float64_loop(
 
 
 @pytest.mark.parametrize("hostile", [0.0, 1e-30, 1.0, 88.0, 1e4])
+@pytest.mark.parametrize(("D", "T"), [(6, 40), (32, 80)])
 @pytest.mark.parametrize("backend", FAST)
-def test_steps_of_nothing_and_huge_steps_stay_finite_and_right(backend, hostile):
-    given = inputs(2, 40, 6, 4, torch.float32)
+def test_steps_of_nothing_and_huge_steps_stay_finite_and_right(backend, D, T, hostile):
+    given = inputs(2, T, D, 4, torch.float32)
     with torch.no_grad():
-        given["dt"][:, ::3] = hostile
-        given["dt"][:, 5:8, ::2] = hostile
+        given["dt"][:, :40:3, :6] = hostile  # other lanes and later blocks are ordinary
+        given["dt"][:, 5:8, :6:2] = hostile
     found = differentiated(given, backend=backend)
     wanted = differentiated(widened(given), backend="reference")
     for name, value in found.items():
@@ -239,12 +242,41 @@ def test_compiles_without_a_graph_break(backend, used):
 
 @pytest.mark.parametrize("reset", [False, True])
 @pytest.mark.parametrize("backend", FAST)
+def test_steps_without_gradients_keep_no_states_and_change_no_bit(backend, reset, monkeypatch):
+    kept, module = [], import_module(f"seqzoo.kernels.selective_scan.{backend}")
+    forward = module.forward
+
+    def spied(*given: object, **options: object) -> tuple[Tensor, ...]:
+        made = forward(*given, **options)
+        kept.append(made[2].numel())
+        return made
+
+    monkeypatch.setattr(module, "forward", spied)
+    given, options = inputs(2, 70, 20, 4, torch.float32), {}
+    if reset:
+        options["reset"] = flags(2, 70)["reset"]
+    wanted = selective_scan(**given, **options, backend=backend)
+    with torch.no_grad():
+        found = selective_scan(**given, **options, backend=backend)
+    assert kept[0] > 0
+    assert backend != "native" or kept[1] == 0
+    for a, b in zip(found, wanted, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("reset", [False, True])
+@pytest.mark.parametrize("backend", FAST)
 def test_the_operator_declares_what_it_does(backend, reset):
     u, dt, A, B, C, _, start = inputs(2, BLOCK + 4, 3, 4, torch.float32).values()
     flag = flags(2, BLOCK + 4)["reset"] if reset else None
     torch.library.opcheck(
         torch.ops.seqzoo.selective_scan.default, (u, dt, A, B, C, start, flag, backend)
     )
+    if backend == "native":
+        alone = tuple(x.detach() for x in (u, dt, A, B, C, start))
+        torch.library.opcheck(
+            torch.ops.seqzoo.selective_scan.default, (*alone, flag, backend, False)
+        )
 
 
 def test_more_states_than_native_holds_are_refused_there_and_served_elsewhere():

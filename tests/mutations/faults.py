@@ -247,9 +247,9 @@ FAULTS = (
     ),
     Fault(
         "the long convolution is circular",
-        "kernels/long_conv/chunked.py",
-        "n = _size(x.shape[2] + k.shape[1] - 1)",
-        "n = _size(x.shape[2])",
+        "kernels/long_conv/native.py",
+        "(T + L - 2).bit_length()",
+        "(T - 1).bit_length()",
         "hyena",
     ),
     Fault(
