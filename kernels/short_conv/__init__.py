@@ -3,6 +3,8 @@
 Carries the local mixing of Mamba, Mamba-2, RG-LRU, H3, Hyena and the delta rules, and token shift.
 """
 
+from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -13,11 +15,11 @@ from seqzoo.kernels.dispatch import Backend, accumulator, choose, declare, full_
 from seqzoo.kernels.errors import check_shape, unknown
 from seqzoo.kernels.operator import operator
 from seqzoo.kernels.short_conv.chunked import short_conv as chunked_short_conv
-from seqzoo.kernels.short_conv.native import backward, forward
 from seqzoo.kernels.short_conv.reference import short_conv as reference_short_conv
 
 HALF = (torch.float16, torch.bfloat16)
 MANY = "more than 16 taps"
+SOME = "more than 4 taps"
 declare(
     "short_conv",
     Backend(
@@ -33,6 +35,13 @@ declare(
         (torch.float32, torch.float64, *HALF),
         needs=("compiler",),
         lacks=frozenset({MANY}),
+    ),
+    Backend(
+        "fused",
+        ("cuda",),
+        (torch.float32, *HALF),
+        needs=("triton",),
+        lacks=frozenset({SOME}),
     ),
     Backend("chunked"),
     Backend("reference"),
@@ -66,8 +75,8 @@ def short_conv(
         mask: (B, T) bool; a token where it is False is skipped, and y there is 0. `reset` is never
             True there.
         backend: `causal_conv1d` (CUDA, 2 to 4 taps, neither reset nor mask, when that package is
-            there), `native` (CPU, up to 16 taps), `chunked` or `reference`; the first that can
-            serve the call when None.
+            there), `native` (CPU, up to 16 taps), `fused` (CUDA, up to 4 taps), `chunked` or
+            `reference`; the first that can serve the call when None.
 
     Returns:
         y: (B, T, D) in the dtype of `x`.
@@ -96,18 +105,22 @@ def short_conv(
     if initial_state is None:
         initial_state = x.new_zeros(B, W - 1, D)
     check_shape("initial_state", initial_state.shape, (B, W - 1, D), "(B, W-1, D)")
+    given, kept = x.dtype, torch.promote_types(x.dtype, initial_state.dtype)
+    wide = accumulator(torch.promote_types(x.dtype, weight.dtype))
+    if wide != torch.float32:
+        x = x.to(wide)
     chosen = choose("short_conv", x, backend, _features(T, W, reset, mask))
     if chosen == "causal_conv1d":
         from seqzoo.kernels.short_conv.causal_conv1d import short_conv as packaged_short_conv
 
         tail = initial_state.to(x.dtype)
         return packaged_short_conv(x, weight, bias, tail, activation)
-    given, kept = x.dtype, torch.promote_types(x.dtype, initial_state.dtype)
-    wide = accumulator(torch.promote_types(x.dtype, weight.dtype))
     bias = weight.new_zeros(D) if bias is None else bias
-    x, weight, bias, tail = (v.to(wide) for v in (x, weight, bias, initial_state))
-    if chosen == "native":
-        y, tail = _short_conv(x, weight, bias, tail, reset, mask, activation == "silu")
+    weight, bias, tail = (v.to(wide) for v in (weight, bias, initial_state))
+    if chosen != "fused":  # which widens in registers
+        x = x.to(wide)
+    if chosen in ("native", "fused"):
+        y, tail = _short_conv(x, weight, bias, tail, reset, mask, activation == "silu", chosen)
         return y.to(given), tail.to(kept)
     run = reference_short_conv if chosen == "reference" else chunked_short_conv
     if mask is not None:
@@ -127,8 +140,9 @@ def _short_conv(
     reset: Tensor | None,
     mask: Tensor | None,
     silu: bool,
+    backend: str = "native",
 ) -> tuple[Tensor, Tensor]:
-    y, last = forward(x, weight, bias, tail, reset, mask, silu)
+    y, last = _module(backend).forward(x, weight, bias, tail, reset, mask, silu)
     return y, last
 
 
@@ -141,6 +155,7 @@ def _(
     reset: Tensor | None,
     mask: Tensor | None,
     silu: bool,
+    backend: str = "native",
 ) -> tuple[Tensor, Tensor]:
     return _like(x), _like(tail)
 
@@ -156,8 +171,11 @@ def _short_conv_backward(
     dy: Tensor,
     dtail: Tensor,
     silu: bool,
+    backend: str = "native",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dx, dweight, dbias, dstart = backward(x, weight, bias, tail, reset, mask, dy, dtail, silu)
+    dx, dweight, dbias, dstart = _module(backend).backward(
+        x, weight, bias, tail, reset, mask, dy, dtail, silu
+    )
     return dx, dweight, dbias, dstart
 
 
@@ -172,18 +190,19 @@ def _(
     dy: Tensor,
     dtail: Tensor,
     silu: bool,
+    backend: str = "native",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return _like(x), _like(weight), _like(bias), _like(tail)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:  # noqa: ANN401
-    *given, ctx.silu = inputs
+    *given, ctx.silu, ctx.backend = inputs
     ctx.save_for_backward(*given)
 
 
 def _differentiate(ctx: Any, dy: Tensor, dtail: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
-    given = _short_conv_backward(*ctx.saved_tensors, dy, dtail, ctx.silu)
-    return *given, None, None, None
+    given = _short_conv_backward(*ctx.saved_tensors, dy, dtail, ctx.silu, ctx.backend)
+    return *given, None, None, None, None
 
 
 _short_conv.register_autograd(_differentiate, setup_context=_save)
@@ -193,12 +212,17 @@ def _like(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
+def _module(backend: str) -> ModuleType:
+    return import_module(f"{__name__}.{backend}")
+
+
 def _features(T: int, W: int, reset: Tensor | None, mask: Tensor | None) -> tuple[str, ...]:
     asked = {
         "reset": reset is not None,
         "mask": mask is not None,
         "so few tokens": max(W - 1, 1) > T,
         "so many taps": not 2 <= W <= 4,
+        SOME: W > 4,
         MANY: W > 16,
         "tracing": torch.compiler.is_compiling(),
     }

@@ -20,6 +20,7 @@ HALF = (torch.float16, torch.bfloat16)
 declare(
     "wkv",
     Backend("native", ("cpu",), (*REAL, *HALF), needs=("compiler",)),
+    Backend("fused", ("cuda",), (torch.float32,), needs=("triton",)),
     Backend("chunked"),
     Backend("reference"),
 )
@@ -56,7 +57,7 @@ def wkv(
         reset: (B, T) bool; True empties the state before the token.
         mask: (B, T) bool; False leaves the state untouched, and y there is 0. `reset` is never
             True there.
-        backend: `native`, `chunked` or `reference`; chosen by device and dtype when None.
+        backend: `native`, `fused`, `chunked` or `reference`; chosen by device and dtype when None.
 
     Returns:
         y: (B, T, D) in the dtype of `v`.
