@@ -88,20 +88,9 @@ def short_conv(
         ValueError: shapes that do not fit, an unknown activation, or a backend that cannot serve
             the call.
     """
-    if x.ndim != 3:
-        raise ValueError(f"x is {tuple(x.shape)}; short_conv takes (B, T, D)")
+    _check(x, weight, bias, activation, reset, mask)
     B, T, D = x.shape
-    if weight.ndim != 2 or weight.shape[1] < 1:
-        raise ValueError(f"weight is {tuple(weight.shape)}; short_conv takes (D, W), W >= 1")
     W = weight.shape[1]
-    check_shape("weight", weight.shape, (D, W), "(D, W)")
-    if bias is not None:
-        check_shape("bias", bias.shape, (D,), "(D,)")
-    if activation not in (None, "silu"):
-        raise unknown("activation of short_conv named", activation, ("silu",))
-    for name, flags in (("reset", reset), ("mask", mask)):
-        if flags is not None:
-            check_shape(name, flags.shape, (B, T), "(B, T)")
     if initial_state is None:
         initial_state = x.new_zeros(B, W - 1, D)
     check_shape("initial_state", initial_state.shape, (B, W - 1, D), "(B, W-1, D)")
@@ -129,6 +118,29 @@ def short_conv(
         y, tail = run(x, weight, bias, tail, reset, mask)
         y = silu(y) if activation == "silu" else y
     return y.to(given), tail.to(kept)
+
+
+def _check(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    reset: Tensor | None,
+    mask: Tensor | None,
+) -> None:
+    if x.ndim != 3:
+        raise ValueError(f"x is {tuple(x.shape)}; short_conv takes (B, T, D)")
+    B, T, D = x.shape
+    if weight.ndim != 2 or weight.shape[1] < 1:
+        raise ValueError(f"weight is {tuple(weight.shape)}; short_conv takes (D, W), W >= 1")
+    check_shape("weight", weight.shape, (D, weight.shape[1]), "(D, W)")
+    if bias is not None:
+        check_shape("bias", bias.shape, (D,), "(D,)")
+    if activation not in (None, "silu"):
+        raise unknown("activation of short_conv named", activation, ("silu",))
+    for name, flags in (("reset", reset), ("mask", mask)):
+        if flags is not None:
+            check_shape(name, flags.shape, (B, T), "(B, T)")
 
 
 @operator("seqzoo::short_conv")
