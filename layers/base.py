@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from seqzoo.kernels.dispatch import accumulator
 from seqzoo.kernels.errors import check_shape
+from seqzoo.kernels.tokens import take
 
 State = tuple[Any, ...]  # a mixer's own NamedTuple of tensors, batch in dim 0; () when it has none
 
@@ -268,8 +269,8 @@ class Recompute(Mixer):
         order = (~seen.mask).to(torch.int8).argsort(dim=1, stable=True)
         ids = seen.document.gather(1, order)
         packed = None if ctx.document is None and state is None else ids
-        y = self.mix(_rows(seen.x, order), packed)
-        y = _rows(y, order.argsort(dim=1))[:, seen.x.shape[1] - T :]
+        y = self.mix(take(seen.x, order), packed)
+        y = take(y, order.argsort(dim=1))[:, seen.x.shape[1] - T :]
         return y, None if state is None else seen
 
     def init_state(
@@ -327,8 +328,3 @@ def check_context(ctx: Context, x: Tensor) -> None:
         value = getattr(ctx, name)
         if value is not None:
             check_shape(name, value.shape, tuple(x.shape[:2]), "(B, T)")
-
-
-def _rows(x: Tensor, order: Tensor) -> Tensor:
-    """Take tokens of each row in `order` (B, S)."""
-    return x.gather(1, order[..., None].expand(-1, -1, x.shape[-1]))

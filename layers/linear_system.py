@@ -15,6 +15,7 @@ from torch.nn.functional import pad
 
 from seqzoo.kernels.long_conv import long_conv
 from seqzoo.kernels.scan import scan
+from seqzoo.kernels.tokens import take
 
 BLOCK = 64  # exp(l log A) is exp(64 i log A) exp(j log A): T / 64 + 64 exponentials, not T
 STEPS = 16  # passes up to this length run the recurrence
@@ -116,17 +117,17 @@ def convolve(
     begun = document
     order = None if mask is None else mask.to(torch.int8).argsort(dim=1, stable=True)
     if order is not None:  # what is masked comes first, as zeros: nothing yet
-        u = _take(u, order)
+        u = take(u, order)
         document = None if document is None else document.gather(1, order)
     y = long_conv(u, system.kernel(max(T, 1), u), skip=skip, document=document)
     if order is not None:
-        y = _take(y, order.argsort(dim=1))
+        y = take(y, order.argsort(dim=1))
     if h is None:
         return y, None
     free = system.free(h, T, u).transpose(1, 2)
     count = torch.full_like(u[:, 0, 0], T, dtype=torch.long) if mask is None else mask.sum(1)
     if mask is not None:
-        free = _take(free, (mask.cumsum(1) - 1).clamp(min=0))
+        free = take(free, (mask.cumsum(1) - 1).clamp(min=0))
     kept = system.advance(h, count)
     if begun is not None and document is not None:
         free = torch.where(begun[..., None] == 0, free, 0)
@@ -167,8 +168,3 @@ def complex_like(x: Tensor) -> torch.dtype:
 def _powers(log_a: Tensor, steps: Tensor) -> Tensor:
     """exp(steps log_a), (D, S, M): the exponential of the product, never powers."""
     return torch.exp(log_a[:, None] * steps[:, None])
-
-
-def _take(x: Tensor, order: Tensor) -> Tensor:
-    """Tokens of each row in `order` (B, T)."""
-    return x.gather(1, order[..., None].expand(-1, -1, x.shape[-1]))

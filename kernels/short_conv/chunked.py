@@ -4,6 +4,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import conv2d
 
+from seqzoo.kernels.tokens import take
+
 SMALL = 2**14  # scalars below which the plain sum beats the set-up of a library convolution
 
 
@@ -22,7 +24,7 @@ def short_conv(
     if mask is not None:
         order = torch.cat([mask.new_ones(len(mask), W - 1), mask], dim=1)
         order = order.byte().argsort(dim=1, stable=True)
-        x = _take(x, order)
+        x = take(x, order)
         reset = None if reset is None else reset.gather(1, order)
     if reset is None:
         y, tail = _convolve(x, weight, bias), x[:, T:]
@@ -31,7 +33,7 @@ def short_conv(
     if mask is not None:
         count = mask.long().cumsum(1)  # unmasked tokens so far fill the end of the row
         slot = (T - count[:, -1:] + count - 1).clamp(min=0)
-        y = torch.where(mask[..., None], _take(y, slot), 0)
+        y = torch.where(mask[..., None], take(y, slot), 0)
     return y, tail.clone()  # a view would keep the whole sequence alive
 
 
@@ -65,8 +67,3 @@ def _convolve_documents(
         y = torch.addcmul(y, torch.where(same[..., None], x[:, j : j + T], 0), column)
     same = document[:, T:] == document[:, -1:]
     return y, torch.where(same[..., None], x[:, T:], 0)
-
-
-def _take(x: Tensor, slots: Tensor) -> Tensor:
-    """Tokens of each row at `slots` (B, S)."""
-    return x.gather(1, slots[..., None].expand(-1, -1, x.shape[-1]))
