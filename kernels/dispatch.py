@@ -19,7 +19,7 @@ from torch import Tensor
 from seqzoo.kernels.errors import unknown
 from seqzoo.kernels.native import works
 
-NAMES = ("native", "fused", "causal_conv1d", "chunked", "reference")
+NAMES = ("native", "fused", "causal_conv1d", "mamba_ssm", "chunked", "reference")
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """The feed-forward layers of transformers: a plain one and the gated SwiGLU.
 
     MLP: y = W_down act(W_up x)
-    SwiGLU: y = W_down (silu(W_gate x) * W_up x)
+    SwiGLU: y = W_down (silu(W_gate x) * W_up x); GeGLU with gelu for silu
 
 Token by token, no state. Vaswani et al., 2017, arXiv:1706.03762, section 3.3; squared ReLU: So et
 al., 2021, arXiv:2109.08668; SwiGLU: Shazeer, 2020, arXiv:2002.05202, equation 6.
@@ -85,6 +85,7 @@ class SwiGLU(Mixer):
         expand: hidden width as a multiple of D, rounded up to a multiple of 8; at 8/3 the three
             matrices weigh as much as the two of an `mlp`.
         hidden: hidden width; from `expand` when None.
+        activation: of the gate: `silu`, `gelu` (which makes it GeGLU), `relu` or `relu2`.
         bias: biases in the three projections.
         dropout: of the hidden units, in training.
     """
@@ -92,7 +93,7 @@ class SwiGLU(Mixer):
     caps = Caps(state="none")
     kind = "channel"
     paper = "arXiv:2002.05202"
-    variants = ({"hidden": 20, "bias": True},)
+    variants = ({"hidden": 20, "bias": True, "activation": "gelu"},)
 
     def __init__(
         self,
@@ -100,12 +101,15 @@ class SwiGLU(Mixer):
         *,
         expand: float = 8 / 3,
         hidden: int | None = None,
+        activation: str = "silu",
         bias: bool = False,
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
         self.d_model, self.hidden = d_model, hidden_width(d_model, expand, hidden, 8)
+        check_activation("swiglu", activation)
         check_dropout(dropout)
+        self.activation = activation
         self.gate_proj = nn.Linear(d_model, self.hidden, bias=bias)
         self.up_proj = nn.Linear(d_model, self.hidden, bias=bias)
         self.down_proj = nn.Linear(self.hidden, d_model, bias=bias)
@@ -115,7 +119,7 @@ class SwiGLU(Mixer):
         self, x: Tensor, state: State | None = None, ctx: Context | None = None
     ) -> tuple[Tensor, State | None]:
         """See `Mixer.forward`."""
-        h = silu(self.gate_proj(x)) * self.up_proj(x)
+        h = ACTIVATIONS[self.activation](self.gate_proj(x)) * self.up_proj(x)
         return self.down_proj(self.dropout(h)), state
 
     def cost(self, length: int) -> Cost:

@@ -10,16 +10,40 @@ from seqzoo.zoo.spec import DecoderSpec
 if TYPE_CHECKING:
     from seqzoo.zoo.model import ZooForCausalLM
 
+GEGLU = {"is": "swiglu", "expand": 3, "activation": "gelu"}
+
 # What `DecoderSpec` is given, not specs: making one builds its mixers, and nobody needs them all.
 PRESETS: dict[str, dict[str, Any]] = {
     "gla-tiny": {"d_model": 128, "mixer": "gla", "repeats": 4},
-    # De et al., 2024, arXiv:2402.19427: two recurrences to each local multi-query attention.
+    # De et al., 2024, arXiv:2402.19427: two recurrences to each local multi-query attention, and
+    # gated MLPs of three times the width; small is the paper's smallest (its table 1).
+    "griffin-small": {
+        "d_model": 768,
+        "pattern": ["rg_lru", "geglu", "rg_lru", "geglu", "local", "geglu"],
+        "repeats": 4,
+        "options": {
+            "rg_lru": {"width": 1024, "n_heads": 16},
+            "geglu": GEGLU,
+            "local": {"is": "attention", "n_heads": 6, "n_kv_heads": 1, "window": 1024},
+        },
+        "position": "rope",
+    },
     "griffin-tiny": {
         "d_model": 128,
-        "pattern": ["rg_lru", "swiglu", "rg_lru", "swiglu", "local", "swiglu"],
+        "pattern": ["rg_lru", "geglu", "rg_lru", "geglu", "local", "geglu"],
         "repeats": 2,
-        "options": {"local": {"is": "attention", "n_heads": 4, "n_kv_heads": 1, "window": 128}},
+        "options": {
+            "geglu": GEGLU,
+            "local": {"is": "attention", "n_heads": 4, "n_kv_heads": 1, "window": 128},
+        },
         "position": "rope",
+    },
+    # The same paper's stack without attention.
+    "hawk-tiny": {
+        "d_model": 128,
+        "pattern": ["rg_lru", "geglu"],
+        "repeats": 4,
+        "options": {"geglu": GEGLU},
     },
     # One attention to three state-space layers, about the share of published hybrids.
     "hybrid-tiny": {

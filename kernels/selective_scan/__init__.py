@@ -21,6 +21,13 @@ declare(
     "selective_scan",
     Backend("native", ("cpu",), SINGLE, needs=("compiler",), lacks=frozenset([MANY])),
     Backend("fused", ("cuda",), SINGLE, needs=("triton",), lacks=frozenset([MANY])),
+    Backend(
+        "mamba_ssm",
+        ("cuda",),
+        SINGLE,
+        needs=("mamba_ssm",),
+        lacks=frozenset({"initial_state", "reset", "tracing"}),
+    ),
     Backend("chunked"),
     Backend("reference"),
 )
@@ -55,7 +62,9 @@ def selective_scan(
         reset: (B, T) bool; True empties the state before the token.
         mask: (B, T) bool; False leaves the state untouched; y there means nothing. `reset` is never
             True there.
-        backend: `native`, `fused`, `chunked` or `reference`; chosen by device and dtype when None.
+        backend: `native` (CPU), `fused` (CUDA), `mamba_ssm` (CUDA, when that package is there;
+            neither initial_state nor reset, and no gradient of the state), `chunked` or
+            `reference`; the first that can serve the call when None.
 
     Returns:
         y: (B, T, D) in the dtype of `u`.
@@ -83,20 +92,25 @@ def selective_scan(
         dt = torch.where(mask[..., None], dt, 0)
     given = u.dtype
     wide = accumulator(torch.promote_types(u.dtype, A.dtype))
+    features = _features(N, initial_state, reset)
     if initial_state is None:
         initial_state = u.new_zeros(rows, channels, N, dtype=wide)
     check_shape("initial_state", initial_state.shape, (rows, channels, N), "(B, D, N)")
     A, initial_state = A.to(wide), initial_state.to(wide)
     if wide != torch.float32:
         u = u.to(wide)
-    chosen = choose("selective_scan", u, backend, (MANY,) if N > 64 else ())
+    chosen = choose("selective_scan", u, backend, features)
     if T == 1:
         chosen = "reference"  # a single step needs no block
-    if chosen != "fused":  # which widens in registers
+    if chosen not in ("fused", "mamba_ssm"):  # which widen in registers
         u, dt, B, C = (x.to(wide) for x in (u, dt, B, C))
     with full_precision(u):
         if chosen == "reference":
             y, state = reference_selective_scan(u, dt, A, B, C, initial_state, reset)
+        elif chosen == "mamba_ssm":
+            from seqzoo.kernels.selective_scan.mamba_ssm import selective_scan as packaged
+
+            y, state = packaged(u, dt, A, B, C)
         else:
             inputs = (u, dt, A, B, C, initial_state)
             trained = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
@@ -104,6 +118,16 @@ def selective_scan(
             y, state, _ = _selective_scan(*inputs, reset, chosen, keep)
         y = y if D is None else torch.addcmul(y, u, D.to(wide))
     return y.to(given), state
+
+
+def _features(N: int, initial_state: Tensor | None, reset: Tensor | None) -> tuple[str, ...]:
+    asked = {
+        MANY: N > 64,
+        "initial_state": initial_state is not None,
+        "reset": reset is not None,
+        "tracing": torch.compiler.is_compiling(),
+    }
+    return tuple(name for name, is_asked in asked.items() if is_asked)
 
 
 @operator("seqzoo::selective_scan")

@@ -1,14 +1,18 @@
 """The selective scan against a float64 loop over time, and against its solution in closed form."""
 
+import dataclasses
+import sys
 from importlib import import_module
+from types import ModuleType
 
 import pytest
 import torch
 from torch import Tensor
 
-from seqzoo.kernels.dispatch import BACKENDS, accumulator
+from seqzoo.kernels.dispatch import BACKENDS, accumulator, choose
 from seqzoo.kernels.selective_scan import selective_scan
 from seqzoo.kernels.selective_scan.chunked import BLOCK
+from seqzoo.kernels.selective_scan.reference import selective_scan as reference_selective_scan
 from tests.tolerances import assert_close_to_reference, budget, relative_error
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -319,3 +323,49 @@ def test_what_does_not_fit_is_refused_by_name():
     ]:
         with pytest.raises(ValueError, match=words):
             selective_scan(**(given | wrong))
+
+
+@pytest.fixture
+def packaged(monkeypatch):
+    """The package mamba-ssm as its README has it, in torch, and a device that it may serve."""
+
+    def selective_scan_fn(u, delta, A, B, C, return_last_state=False):
+        assert all(x.is_contiguous() and x.dtype == u.dtype for x in (u, delta, B, C))
+        assert A.dtype == torch.float32
+        rows = (x.transpose(1, 2).float() for x in (u, delta, B, C))
+        u_, dt, B, C = rows
+        start = A.new_zeros(len(u), *A.shape)
+        y, last = reference_selective_scan(u_, dt, A, B, C, start, None)
+        y = y.transpose(1, 2).to(u.dtype)
+        return (y, last.detach()) if return_last_state else y
+
+    module = ModuleType("mamba_ssm.ops.selective_scan_interface")
+    module.selective_scan_fn = selective_scan_fn
+    for name in ("mamba_ssm", "mamba_ssm.ops", module.__name__):
+        monkeypatch.setitem(sys.modules, name, module)
+    (served,) = (b for b in BACKENDS["selective_scan"] if b.name == "mamba_ssm")
+    here = dataclasses.replace(served, devices=("cpu",), needs=())
+    others = [b for b in BACKENDS["selective_scan"] if b.name != "mamba_ssm"]
+    monkeypatch.setitem(BACKENDS, "selective_scan", (*others, here))
+
+
+def test_the_package_is_given_what_it_expects_and_never_by_default(packaged):
+    given = inputs(2, 9, 4, 3, torch.float32)
+    del given["initial_state"]
+    made = {}
+    for backend in ("mamba_ssm", "reference"):
+        y, state = selective_scan(**given, backend=backend)
+        made[backend] = [y, state, *torch.autograd.grad(y.sum(), list(given.values()))]
+    for found, wanted in zip(*made.values(), strict=True):
+        assert_close_to_reference(found, wanted, gradient=True)
+    assert choose("selective_scan", given["u"]) != "mamba_ssm"
+
+
+def test_a_gradient_that_the_package_lacks_is_refused_and_not_zero(packaged):
+    given = inputs(2, 9, 4, 3, torch.float32)
+    start = given.pop("initial_state")
+    _, state = selective_scan(**given, backend="mamba_ssm")
+    with pytest.raises(RuntimeError, match="no gradient of the last state; use fused"):
+        state.sum().backward()
+    with pytest.raises(ValueError, match="cannot do initial_state; use native"):
+        selective_scan(**given, initial_state=start, backend="mamba_ssm")

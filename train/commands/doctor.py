@@ -23,6 +23,7 @@ OPTIONAL = {
     "triton": "fused GPU kernels",
     "datasets": "--data Hub",
     "causal-conv1d": "a faster short convolution on CUDA",
+    "mamba-ssm": "another selective scan on CUDA",
 }
 
 
