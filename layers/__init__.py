@@ -46,6 +46,8 @@ CATALOGUE: dict[str, str] = {
     "hyena": "seqzoo.layers.hyena:Hyena",
     # channel mixers
     "mlp": "seqzoo.layers.mlp:MLP",
+    "rwkv6_channel": "seqzoo.layers.rwkv_channel:RWKV6Channel",
+    "rwkv7_channel": "seqzoo.layers.rwkv_channel:RWKV7Channel",
     "rwkv_channel": "seqzoo.layers.rwkv_channel:RWKVChannel",
     "swiglu": "seqzoo.layers.mlp:SwiGLU",
     "switch": "seqzoo.layers.switch:Switch",
