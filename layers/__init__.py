@@ -43,6 +43,8 @@ CATALOGUE: dict[str, str] = {
     "kda": "seqzoo.layers.kda:KDA",
     "lightning_attention": "seqzoo.layers.lightning_attention:LightningAttention",
     "linear_transformer": "seqzoo.layers.linear_transformer:LinearTransformer",
+    "mlstm": "seqzoo.layers.mlstm:MLSTM",
+    "mlstm_large": "seqzoo.layers.mlstm_large:MLSTMLarge",
     "retnet": "seqzoo.layers.retnet:RetNet",
     # long convolutions
     "hyena": "seqzoo.layers.hyena:Hyena",
