@@ -100,7 +100,7 @@ def test_every_gradient_of_the_large_layer_equals_transformers():
 
 
 def unstabilised(q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor) -> Tensor:
-    """Equations 19 to 27 of the paper, one token at a time, with the authors' 1e-6."""
+    """Equations 19 to 27 of the paper, one token at a time."""
     B, T, heads, K = q.shape
     C, n, outputs = q.new_zeros(B, heads, K, v.shape[-1]), q.new_zeros(B, heads, K), []
     for t in range(T):
