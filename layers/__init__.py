@@ -45,6 +45,7 @@ CATALOGUE: dict[str, str] = {
     "linear_transformer": "seqzoo.layers.linear_transformer:LinearTransformer",
     "mlstm": "seqzoo.layers.mlstm:MLSTM",
     "mlstm_large": "seqzoo.layers.mlstm_large:MLSTMLarge",
+    "performer": "seqzoo.layers.performer:Performer",
     "rebased": "seqzoo.layers.rebased:ReBased",
     "retnet": "seqzoo.layers.retnet:RetNet",
     # long convolutions
