@@ -66,7 +66,7 @@ def matrix_memory(
     """
     wide = accumulator(q.dtype)
     i, f = gates.to(wide).unbind(2)
-    C, m = cell if cell is not None else (None, torch.zeros_like(i[:, :1].sum(1)))
+    C, m = cell if cell is not None else (None, i.new_zeros(i.shape[0], i.shape[2]))
     keep, write, level, m = stabilised(
         logsigmoid(f), i.clamp(min=0), initial_state=m, reset=ctx.reset, mask=ctx.mask
     )

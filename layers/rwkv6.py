@@ -47,7 +47,7 @@ class RWKV6(RWKV5):
         depth: float = 0.5,
     ) -> None:
         check_positive(mix_rank=mix_rank, decay_rank=decay_rank)
-        self._ranks = mix_rank, decay_rank
+        self._ranks = mix_rank, decay_rank  # which the base class comes back for
         super().__init__(d_model, width=width, head_dim=head_dim, depth=depth)
 
     def _add_parameters(self) -> None:

@@ -187,6 +187,20 @@ def test_gates_far_beyond_the_exponential_of_a_float_are_right(size):
     assert relative_error(*(layer_norm(a.double(), (8,)) for a in (h, wanted))) <= 1e-4
 
 
+@torch.no_grad()
+def test_any_split_equals_one_pass_whatever_the_gates():
+    q, k, v = (torch.randn(2, 60, 3, 8, dtype=torch.float64) for _ in range(3))
+    gates = torch.randn(2, 60, 2, 3, dtype=torch.float64)
+    gates[:, :, 0] = 90 * gates[:, :, 0].sign()
+    wanted, last = matrix_memory(q, k, v, gates, None, Context())
+    cell, pieces = None, []
+    for part in (slice(0, 7), slice(7, 8), slice(8, 41), slice(41, 60)):
+        h, cell = matrix_memory(*(x[:, part] for x in (q, k, v, gates)), cell, Context())
+        pieces.append(h)
+    assert relative_error(torch.cat(pieces, dim=1), wanted) <= 1e-9
+    assert all(relative_error(a, b) <= 1e-9 for a, b in zip(cell, last, strict=True))
+
+
 def test_parameters_start_as_the_authors_do():
     mixer, large = create_mixer("mlstm", 64), create_mixer("mlstm_large", 64)
     biases = torch.tensor([3.0, 4.0, 5.0, 6.0])
