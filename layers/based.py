@@ -99,10 +99,15 @@ class Based(Mixer):
 
 
 def _taylor(x: Tensor) -> Tensor:
-    """phi: (..., d) to (..., F): one, the channels, their squares, their products in pairs."""
+    """phi: (..., d) to (..., F): one, the channels, and all products of two over sqrt(2)."""
+    x = x * x.shape[-1] ** -0.25
+    return torch.cat([torch.ones_like(x[..., :1]), x, squares(x) * 0.5**0.5], dim=-1)
+
+
+def squares(x: Tensor) -> Tensor:
+    """Features whose dot product is (x . y)^2: squares, then sqrt(2) times each product of two."""
     d = x.shape[-1]
-    x = x * d**-0.25
     first, second = torch.triu_indices(d, d, offset=1, device=x.device)
     products = (x[..., :, None] * x[..., None, :]).flatten(-2)
     pairs = products.index_select(-1, first * d + second)
-    return torch.cat([torch.ones_like(x[..., :1]), x, x.square() * 0.5**0.5, pairs], dim=-1)
+    return torch.cat([x.square(), pairs * 2**0.5], dim=-1)

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from seqzoo.kernels.dispatch import accumulator
 from seqzoo.kernels.errors import check_positive
-from seqzoo.kernels.short_conv import short_conv
 from seqzoo.kernels.wkv import no_tokens, wkv
 from seqzoo.layers.base import Caps, Context, Cost, Mixer, State
+from seqzoo.layers.token_shift import check_depth, no_token, ramp, time_constants, token_shift
 
 
 class RWKV4State(NamedTuple):
@@ -47,8 +47,7 @@ class RWKV4(Mixer):
         super().__init__()
         width = d_model if width is None else width
         check_positive(d_model=d_model, width=width)
-        if not 0 <= depth <= 1:
-            raise ValueError(f"depth={depth} is not allowed; it must be from 0 to 1")
+        check_depth(depth)
         self.d_model, self.width, self.depth = d_model, width, depth
         self.k_proj = nn.Linear(d_model, width, bias=False)
         self.v_proj = nn.Linear(d_model, width, bias=False)
@@ -67,12 +66,10 @@ class RWKV4(Mixer):
         The authors give layer l of L the depth l / (L - 1), and 1 - l / L for the 1 - depth here.
         The projections start as `nn.Linear` does; the authors start all but W_v at zero.
         """
-        slots = torch.arange(self.width, dtype=torch.float64, device="cpu")
-        ramp = (slots / max(self.width - 1, 1)) ** (0.7 + 1.3 * self.depth)
-        zigzag = (slots + 1) % 3 - 1
-        share = torch.arange(self.d_model, dtype=torch.float64, device="cpu") / self.d_model
+        rise, zigzag = time_constants(self.width, self.depth)
+        share = ramp(self.d_model)
         with torch.no_grad():
-            self.time_decay.copy_(-5 + 8 * ramp)
+            self.time_decay.copy_(-5 + 8 * rise)
             self.time_first.copy_(math.log(0.3) + 0.5 * zigzag)
             self.mix_k.copy_(share ** (1 - self.depth))
             self.mix_v.copy_(share ** (1 - self.depth) + 0.3 * self.depth)
@@ -83,17 +80,15 @@ class RWKV4(Mixer):
     ) -> tuple[Tensor, State | None]:
         """See `Mixer.forward`."""
         ctx = ctx or Context()
-        reset, wide = ctx.reset, accumulator(x.dtype)
         start, sums = state if state is not None else (None, None)
-        shift = torch.eye(2, device=x.device, dtype=x.dtype)[0].expand(self.d_model, 2)
-        previous, last = short_conv(x, shift, initial_state=start, reset=reset, mask=ctx.mask)
+        previous, last = token_shift(x, start, ctx)
         average, sums = wkv(
             self.k_proj(torch.lerp(previous, x, self.mix_k.to(x.dtype))),
             self.v_proj(torch.lerp(previous, x, self.mix_v.to(x.dtype))),
-            self.time_decay.to(wide).exp(),
+            self.time_decay.to(accumulator(x.dtype)).exp(),
             self.time_first,
             initial_state=sums,
-            reset=reset,
+            reset=ctx.reset,
             mask=ctx.mask,
         )
         r = torch.sigmoid(self.gate_proj(torch.lerp(previous, x, self.mix_r.to(x.dtype))))
@@ -107,12 +102,9 @@ class RWKV4(Mixer):
         dtype: torch.dtype | None = None,
     ) -> RWKV4State:
         """No tokens."""
-        like = self.mix_k
-        device, dtype = device or like.device, dtype or like.dtype
-        return RWKV4State(
-            torch.zeros(batch_size, 1, self.d_model, device=device, dtype=dtype),
-            no_tokens(batch_size, self.width, device, accumulator(dtype)),
-        )
+        previous = no_token(batch_size, self.mix_k, device, dtype)
+        wide = accumulator(previous.dtype)
+        return RWKV4State(previous, no_tokens(batch_size, self.width, previous.device, wide))
 
     def cost(self, length: int) -> Cost:
         """See `Mixer.cost`."""

@@ -71,6 +71,20 @@ PRESETS: dict[str, dict[str, Any]] = {
         "repeats": 4,
         "norm": "layernorm",
     },
+    # Peng et al., 2024, arXiv:2404.05892: Eagle, whose channel mix is version 4's, and Finch.
+    "rwkv5-tiny": {
+        "d_model": 128,
+        "pattern": ["rwkv5", "rwkv_channel"],
+        "repeats": 4,
+        "options": {"rwkv_channel": {"expand": 3.5}},
+        "norm": "layernorm",
+    },
+    "rwkv6-tiny": {
+        "d_model": 128,
+        "pattern": ["rwkv6", "rwkv6_channel"],
+        "repeats": 4,
+        "norm": "layernorm",
+    },
     # Fedus et al., 2021, arXiv:2101.03961: experts in every other channel mixer.
     "switch-tiny": {
         "d_model": 128,
@@ -86,6 +100,20 @@ PRESETS: dict[str, dict[str, Any]] = {
         "position": "rope",
     },
     "transformer-tiny": {"d_model": 128, "mixer": "attention", "repeats": 4, "position": "rope"},
+    # Beck et al., 2024, arXiv:2405.04517: xLSTM[1:0] is matrix memories alone, whose blocks are
+    # complete; xLSTM[7:1] has one scalar memory in eight, and a narrow gated network behind it.
+    "xlstm-1-0-tiny": {
+        "d_model": 128,
+        "pattern": ["mlstm"],
+        "repeats": 8,
+        "norm": "layernorm",
+    },
+    "xlstm-7-1-tiny": {
+        "d_model": 128,
+        "pattern": ["mlstm", "slstm", "swiglu", *["mlstm"] * 6],
+        "options": {"swiglu": {"expand": 4 / 3}},
+        "norm": "layernorm",
+    },
 }
 
 

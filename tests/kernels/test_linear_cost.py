@@ -15,6 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from seqzoo.kernels.decay import decay
 from seqzoo.kernels.dispatch import BACKENDS
+from seqzoo.kernels.maxplus import maxplus
 from seqzoo.kernels.scan import scan
 from seqzoo.kernels.selective_scan import selective_scan
 from seqzoo.kernels.short_conv import short_conv
@@ -59,6 +60,11 @@ def run_decay(backend: str, T: int) -> tuple[Tensor, list[Tensor]]:
     return decay(q, k, v, -g, initial_state=start, backend=backend)[0], [q, k, v, g, start]
 
 
+def run_maxplus(backend: str, T: int) -> tuple[Tensor, list[Tensor]]:
+    a, b, start = leaf(2, T, 32), leaf(2, T, 32), leaf(2, 32)
+    return maxplus(-a, b, initial_state=start, backend=backend)[0], [a, b, start]
+
+
 def run_slstm(backend: str, T: int) -> tuple[Tensor, list[Tensor]]:
     gates, recurrent = leaf(2, T, 4, 2, 8), leaf(4, 2, 8, 8)
     return slstm(gates, recurrent, backend=backend)[0], [gates, recurrent]
@@ -75,6 +81,7 @@ def run_diseased(_: str, T: int) -> tuple[Tensor, list[Tensor]]:
 
 KERNELS = {
     "decay": run_decay,
+    "maxplus": run_maxplus,
     "scan": run_scan,
     "selective_scan": run_selective_scan,
     "short_conv": run_short_conv,

@@ -30,6 +30,8 @@ ATTENTION = "layers/attention.py"
 DECAY = "kernels/decay/__init__.py"
 CHUNKS = "kernels/decay/chunked.py"
 SWITCH = "layers/switch.py"
+MAXPLUS = "kernels/maxplus/__init__.py"
+PERFORMER = "layers/performer.py"
 DROPPING = {"max_length": 40, "n_experts": 4, "capacity_factor": 0.5, "hidden": 20}
 
 FAULTS = (
@@ -323,6 +325,20 @@ FAULTS = (
         "            x.copy_(value)",
         "            pass",
         tests=("tests/zoo/test_model.py",),
+    ),
+    Fault(
+        "exponents of keys are shifted by the largest of those to come",
+        PERFORMER,
+        "    largest = k.amax(-1)\n",
+        "    largest = k.amax(-1).flip(1).cummax(1).values.flip(1)\n",
+        tests=("tests/parity/test_performer.py",),
+    ),
+    Fault(
+        "rounding of the running maximum decays what is carried over",
+        MAXPLUS,
+        "carried = log_write < m",
+        "carried = log_write > m",
+        tests=("tests/kernels/test_maxplus.py",),
     ),
     Fault(
         "an export does not notice a flipped bit",

@@ -18,6 +18,8 @@ from seqzoo.layers.base import Context, Mixer
 from seqzoo.layers.mlp import MLP, SwiGLU
 from seqzoo.layers.rwkv_channel import RWKVChannel
 from seqzoo.layers.switch import Switch
+from tests.parity.rwkv_package import rwkv_model, unquantised
+from tests.tolerances import relative_error
 
 D = 8
 
@@ -117,6 +119,55 @@ def test_rwkv_channel_reads_the_previous_real_token_of_its_document():
     y = mixer(x, None, Context(mask=mask, document=ids))[0]
     first, second = mixer(x[:, [0, 2]])[0], mixer(x[:, [3, 5]])[0]
     torch.testing.assert_close(y[:, [0, 2, 3, 5]], torch.cat([first, second], dim=1))
+
+
+@pytest.mark.parametrize(
+    ("name", "theirs"), [("rwkv_channel", "ffn_seq"), ("rwkv6_channel", "ffn_seq_v6")]
+)
+@torch.no_grad()
+def test_rwkv_channels_equal_the_authors_package(name, theirs):
+    """Of versions 4 and 5, one method there, and of version 6, in one pass and going on."""
+    layer, mixer = getattr(rwkv_model(), theirs), create_mixer(name, D, hidden=20)
+    for p in mixer.parameters():
+        p.copy_(torch.randn_like(p))
+    weights = [p.weight.T for p in (mixer.up_proj, mixer.down_proj, mixer.gate_proj)]
+    scale, shift = torch.rand(D), torch.randn(D)
+    previous, state = torch.randn(D), mixer.init_state(1)
+    state = state._replace(previous=previous.view(1, 1, D))
+    for T in (5, 1, 9):
+        x = torch.randn(T, D)
+        wanted, previous = layer(
+            None, x, previous, scale, shift, mixer.mix_k, mixer.mix_r, *weights, *unquantised(3)
+        )
+        y, state = mixer(torch.nn.functional.layer_norm(x, (D,), scale, shift)[None], state)
+        assert relative_error(x + y[0], wanted) <= 2e-6
+        assert relative_error(state.previous[0, 0], previous) <= 1e-6
+
+
+def test_rwkv7_channel_is_the_papers_equation():
+    """Which the authors' package has behind a switch of the whole process."""
+    mixer = create_mixer("rwkv7_channel", D, hidden=20, depth=0.25).double()
+    x = torch.randn(2, 9, D, dtype=torch.float64)
+    for t in range(9):
+        before = x[:, t - 1] if t else torch.zeros(2, D, dtype=torch.float64)
+        read = x[:, t] + (before - x[:, t]) * mixer.mix_k
+        k = (read @ mixer.up_proj.weight.T).clamp(min=0) ** 2
+        torch.testing.assert_close(mixer(x)[0][:, t], k @ mixer.down_proj.weight.T)
+
+
+def test_rwkv_channels_start_as_published():
+    for depth in (0.0, 0.5, 1.0):
+        for name, wanted in (
+            ("rwkv_channel", [(i / D) ** (1 - depth) for i in range(D)]),
+            ("rwkv6_channel", [1 - (i / D) ** (1 - depth) for i in range(D)]),
+            ("rwkv7_channel", [1 - (i / D) ** (1 - depth) ** 4 for i in range(D)]),
+        ):
+            mixer = create_mixer(name, D, depth=depth)
+            torch.testing.assert_close(mixer.mix_k, torch.tensor(wanted))
+            if mixer.mix_r is not None:
+                assert torch.equal(mixer.mix_r, mixer.mix_k)
+    widths = [create_mixer(f"rwkv{v}_channel", 64).hidden for v in ("", 6, 7)]
+    assert widths == [256, 224, 256]
 
 
 def switch_pair(capacity: int) -> tuple[Switch, SwitchTransformersSparseMLP]:
@@ -276,6 +327,8 @@ def test_wrong_options_are_refused_by_name():
         ("mlp", {"dropout": 1.0}, r"dropout=1.0 is not allowed"),
         ("swiglu", {"hidden": 0}, r"hidden=0 is not allowed"),
         ("rwkv_channel", {"expand": -1.0}, r"expand=-1.0 is not allowed"),
+        ("rwkv6_channel", {"hidden": 0}, r"hidden=0 is not allowed"),
+        ("rwkv7_channel", {"depth": 2.0}, r"depth=2.0 is not allowed; it must be from 0 to 1"),
         ("switch", {"n_experts": 0}, r"n_experts=0 is not allowed"),
         ("switch", {"jitter": 1.0}, r"jitter=1.0 is not allowed"),
         ("switch", {"max_length": 0}, r"max_length=0 is not allowed"),

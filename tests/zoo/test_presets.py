@@ -35,6 +35,12 @@ def test_griffin_has_two_recurrences_to_each_local_multi_query_attention():
     assert entries[4].options["window"] > 0
 
 
+def test_xlstm_has_as_many_matrix_memories_to_each_scalar_one_as_its_name_says():
+    for name, matrices, scalars in (("xlstm-7-1-tiny", 7, 1), ("xlstm-1-0-tiny", 8, 0)):
+        mixers = [e.mixer for e in preset(name).resolve()]
+        assert (mixers.count("mlstm"), mixers.count("slstm")) == (matrices, scalars)
+
+
 @pytest.mark.parametrize(
     ("name", "least", "most"),
     [("transformer-small", 100e6, 200e6), ("griffin-small", 80e6, 120e6)],
