@@ -36,6 +36,7 @@ CATALOGUE: dict[str, str] = {
     "cosformer": "seqzoo.layers.cosformer:CosFormer",
     "deltanet": "seqzoo.layers.deltanet:DeltaNet",
     "gated_deltanet": "seqzoo.layers.gated_deltanet:GatedDeltaNet",
+    "gated_deltaproduct": "seqzoo.layers.gated_deltaproduct:GatedDeltaProduct",
     "gla": "seqzoo.layers.gla:GLA",
     "hgrn2": "seqzoo.layers.hgrn2:HGRN2",
     "kda": "seqzoo.layers.kda:KDA",
