@@ -21,6 +21,7 @@ CATALOGUE: dict[str, str] = {
     "lru": "seqzoo.layers.lru:LRU",
     "mamba": "seqzoo.layers.mamba:Mamba",
     "mamba2": "seqzoo.layers.mamba2:Mamba2",
+    "mamba3": "seqzoo.layers.mamba3:Mamba3",
     "mega": "seqzoo.layers.mega:Mega",
     "mingru": "seqzoo.layers.mingru:MinGRU",
     "rg_lru": "seqzoo.layers.rg_lru:RGLRU",
