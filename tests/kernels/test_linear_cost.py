@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from seqzoo.kernels.decay import decay
+from seqzoo.kernels.delta import delta
+from seqzoo.kernels.delta.lowrank import delta_lowrank
 from seqzoo.kernels.dispatch import BACKENDS
 from seqzoo.kernels.scan import scan
 from seqzoo.kernels.selective_scan import selective_scan
@@ -59,6 +61,19 @@ def run_decay(backend: str, T: int) -> tuple[Tensor, list[Tensor]]:
     return decay(q, k, v, -g, initial_state=start, backend=backend)[0], [q, k, v, g, start]
 
 
+def run_delta(backend: str, T: int) -> tuple[Tensor, list[Tensor]]:
+    (q, k, v, g), beta = (leaf(2, T, 2, 8) for _ in range(4)), leaf(2, T, 2)
+    start = leaf(2, 2, 8, 8)
+    o, _ = delta(q, k / 8, v, beta, -g, initial_state=start, backend=backend)
+    return o, [q, k, v, beta, g, start]
+
+
+def run_delta_lowrank(backend: str, T: int) -> tuple[Tensor, list[Tensor]]:
+    (q, k, v, a, b, g), start = (leaf(2, T, 2, 8) for _ in range(6)), leaf(2, 2, 8, 8)
+    o, _ = delta_lowrank(q, k, v, -a, b / 8, -g, initial_state=start, backend=backend)
+    return o, [q, k, v, a, b, g, start]
+
+
 def run_slstm(backend: str, T: int) -> tuple[Tensor, list[Tensor]]:
     gates, recurrent = leaf(2, T, 4, 2, 8), leaf(4, 2, 8, 8)
     return slstm(gates, recurrent, backend=backend)[0], [gates, recurrent]
@@ -75,6 +90,8 @@ def run_diseased(_: str, T: int) -> tuple[Tensor, list[Tensor]]:
 
 KERNELS = {
     "decay": run_decay,
+    "delta": run_delta,
+    "delta_lowrank": run_delta_lowrank,
     "scan": run_scan,
     "selective_scan": run_selective_scan,
     "short_conv": run_short_conv,
