@@ -26,6 +26,7 @@ CATALOGUE: dict[str, str] = {
     "mingru": "seqzoo.layers.mingru:MinGRU",
     "rg_lru": "seqzoo.layers.rg_lru:RGLRU",
     "rwkv4": "seqzoo.layers.rwkv4:RWKV4",
+    "rwkv7": "seqzoo.layers.rwkv7:RWKV7",
     "s4": "seqzoo.layers.s4:S4",
     "s4d": "seqzoo.layers.s4d:S4D",
     "s5": "seqzoo.layers.s5:S5",
