@@ -45,6 +45,7 @@ CATALOGUE: dict[str, str] = {
     "lightning_attention": "seqzoo.layers.lightning_attention:LightningAttention",
     "linear_transformer": "seqzoo.layers.linear_transformer:LinearTransformer",
     "retnet": "seqzoo.layers.retnet:RetNet",
+    "ttt_linear": "seqzoo.layers.ttt_linear:TTTLinear",
     # long convolutions
     "hyena": "seqzoo.layers.hyena:Hyena",
     # channel mixers

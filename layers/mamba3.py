@@ -28,6 +28,7 @@ from seqzoo.kernels.errors import check_positive, not_divisible
 from seqzoo.kernels.scan import scan
 from seqzoo.kernels.short_conv import short_conv
 from seqzoo.layers.base import Caps, Context, Cost, Mixer, State
+from seqzoo.layers.rotary import turn_neighbours
 
 DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 0.1, 1e-4  # the authors' range of step sizes at initialisation
 A_FLOOR = 1e-4
@@ -124,8 +125,8 @@ class Mamba3(Mixer):
         own, earlier = (dt * torch.sigmoid(s * trapezoid.to(wide)) for s in (1, -1))
         turn = dt[..., None] * math.pi * torch.tanh(theta.to(wide))[:, :, None]
         angle, last_angle = self._angles(turn, given and given.angle, reset, mask)
-        k = _turn(self._features(B, self.B_norm, self.B_bias), angle)
-        q = _turn(self._features(C, self.C_norm, self.C_bias), angle)
+        k = turn_neighbours(self._features(B, self.B_norm, self.B_bias), angle)
+        q = turn_neighbours(self._features(C, self.C_norm, self.C_bias), angle)
         # `earlier` weighs the token before: what a token writes is known at the next one, and read
         # there before its own write (see the equation of S).
         following, first = self._shifted(earlier.flip(1), None if mask is None else mask.flip(1))
@@ -209,13 +210,3 @@ class Mamba3(Mixer):
         return Cost(
             products + 2 * H + 2 * N + 2 * H * N, flops, 4 * H * (self.pairs + N * P + N + P)
         )
-
-
-def _turn(x: Tensor, angle: Tensor) -> Tensor:
-    """Rotate the first R pairs of neighbours of (B, T, H, N) by (B, T, H, R)."""
-    width = 2 * angle.shape[-1]
-    turning, rest = torch.split(x, [width, x.shape[-1] - width], dim=-1)
-    a, b = torch.unflatten(turning, -1, (-1, 2)).unbind(-1)
-    cos, sin = angle.cos(), angle.sin()
-    turned = torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2)
-    return torch.cat([turned, rest], dim=-1)

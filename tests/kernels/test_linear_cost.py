@@ -21,6 +21,7 @@ from seqzoo.kernels.scan import scan
 from seqzoo.kernels.selective_scan import selective_scan
 from seqzoo.kernels.short_conv import short_conv
 from seqzoo.kernels.slstm import slstm
+from seqzoo.kernels.ttt import ttt
 from seqzoo.kernels.wkv import wkv
 
 FEW, SHORT, LONG = 64, 256, 1024
@@ -79,6 +80,14 @@ def run_slstm(backend: str, T: int) -> tuple[Tensor, list[Tensor]]:
     return slstm(gates, recurrent, backend=backend)[0], [gates, recurrent]
 
 
+def run_ttt(backend: str, T: int) -> tuple[Tensor, list[Tensor]]:
+    tokens = [leaf(2, T, 2, 8), leaf(2, T, 2, 8), leaf(2, T, 2, 8), leaf(2, T, 2), leaf(2, T, 2)]
+    model, start = [leaf(2, 8, 8), leaf(2, 8), leaf(2, 8), leaf(2, 8)], leaf(2, 2, 2, 9, 8)
+    slot = (torch.arange(T) % 16).expand(2, T)
+    o, _ = ttt(*tokens, slot, *model, initial_state=start, backend=backend)
+    return o, [*tokens, *model, start]
+
+
 def run_diseased(_: str, T: int) -> tuple[Tensor, list[Tensor]]:
     a, b = leaf(2, T, 32), leaf(2, T, 32)
     h, state = [], torch.zeros(2, 32)
@@ -96,6 +105,7 @@ KERNELS = {
     "selective_scan": run_selective_scan,
     "short_conv": run_short_conv,
     "slstm": run_slstm,
+    "ttt": run_ttt,
     "wkv": run_wkv,
 }
 CASES = [
