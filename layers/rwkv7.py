@@ -146,7 +146,11 @@ class RWKV7(Mixer):
             nn.init.constant_(p, value)
         for part in ("decay", "rate", "value", "gate"):
             nn.init.zeros_(self.get_parameter(f"{part}_down"))
-            nn.init.orthogonal_(self.get_parameter(f"{part}_up"), gain=0.1)
+            up = self.get_parameter(f"{part}_up")
+            wide = torch.empty_like(up, dtype=torch.float32)  # no QR in half precision
+            nn.init.orthogonal_(wide, gain=0.1 * max(1.0, up.shape[0] / D) ** 0.5)
+            with torch.no_grad():
+                up.copy_(wide)
 
     def forward(
         self, x: Tensor, state: State | None = None, ctx: Context | None = None

@@ -201,6 +201,21 @@ def test_initial_values_are_the_published_ones():
     torch.testing.assert_close(up @ up.T, 0.01 * torch.eye(len(up)))
 
 
+def test_it_can_be_built_in_half_precision():
+    torch.manual_seed(1)
+    wanted = RWKV7(D).gate_up
+    torch.manual_seed(1)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = RWKV7(D).gate_up
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found.dtype == torch.bfloat16
+    assert found.isfinite().all()
+    assert found.shape == wanted.shape
+    torch.testing.assert_close(found.float().norm(), wanted.norm(), rtol=1e-2, atol=0)
+
+
 @pytest.mark.parametrize(
     ("d_model", "ranks"), [(768, (64, 64, 32, 128)), (2048, (96, 96, 64, 256)), (32, (32,) * 4)]
 )
