@@ -5,7 +5,7 @@ of a head, V value size of a head, N state size, W width of a short convolution,
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -71,6 +71,7 @@ class Context:
         shared: what layers hand to later layers within the pass.
         losses: auxiliary losses by name, added to the training loss.
         stats: numbers worth logging, by name.
+        reversed: the pass is read from its end; what such passes share is in that order.
     """
 
     mask: Tensor | None = None
@@ -81,6 +82,7 @@ class Context:
     shared: dict[str, Tensor] = field(default_factory=dict)
     losses: dict[str, Tensor] = field(default_factory=dict)
     stats: dict[str, Tensor] = field(default_factory=dict)
+    reversed: bool = False
 
     @property
     def reset(self) -> Tensor | None:
@@ -142,8 +144,14 @@ class Context:
             for x in (self.mask, self.document, self.positions, self.token_ids)
         ]
         mask, document, positions, token_ids = turn
-        return Context(
-            mask, document, None, positions, token_ids, self.shared, self.losses, self.stats
+        return replace(
+            self,
+            mask=mask,
+            document=document,
+            last_document=None,
+            positions=positions,
+            token_ids=token_ids,
+            reversed=not self.reversed,
         )
 
 

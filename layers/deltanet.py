@@ -9,7 +9,7 @@ arXiv:2406.06484, section 3.4. `negative_eigenvalues` doubles beta, so that a wr
 sign of what it finds: Grazzi et al., 2024, arXiv:2411.12537.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +35,8 @@ class DeltaNetState(NamedTuple):
 class DeltaNet(Mixer):
     """The delta rule: each token replaces what its key holds (DeltaNet).
 
-    Its gated relatives are this class with other `log_decay` and `gated`.
+    Its gated relatives are this class with other `log_decay` and `gated`, DeltaProduct with other
+    projections and `recurrence`.
 
     Args:
         d_model: width D.
@@ -49,6 +50,7 @@ class DeltaNet(Mixer):
     caps = Caps(state="constant")
     paper = "arXiv:2406.06484"
     kernel = "delta"
+    n_householder = 1  # steps a token
     variants = (
         {
             "n_heads": 2,
@@ -113,14 +115,13 @@ class DeltaNet(Mixer):
             reset=reset,
             mask=mask,
         )
-        H, K, V = self.n_heads, self.key_size, self.value_size
-        parts = torch.split(u.to(wide), [H * K, H * K, H * V], dim=-1)
-        q, k, v = (torch.unflatten(part, -1, (H, -1)) for part in parts)
+        H, K, V, n = self.n_heads, self.key_size, self.value_size, self.n_householder
+        q, k, v = torch.split(u.to(wide), [H * K, n * H * K, n * H * V], dim=-1)
         beta = torch.sigmoid(self.beta_proj(x).to(wide))
-        o, S = delta(
-            _unit(q),
-            _unit(k),
-            v,
+        o, S = self.recurrence(
+            _unit(torch.unflatten(q, -1, (H, K))),
+            _unit(torch.unflatten(k, -1, (n * H, K))),
+            torch.unflatten(v, -1, (n * H, V)),
             2 * beta if self.negative_eigenvalues else beta,
             self.log_decay(x),
             scale=K**-0.5,
@@ -131,6 +132,18 @@ class DeltaNet(Mixer):
         o = rms_norm(o, (V,), eps=EPS) * self.norm_weight.to(o.dtype)
         y = self.o_proj(self.gated(o, x).to(u.dtype).flatten(-2))
         return y, None if state is None else DeltaNetState(tail, S)
+
+    def recurrence(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        beta: Tensor,
+        log_decay: Tensor | None,
+        **carried: Any,  # noqa: ANN401
+    ) -> tuple[Tensor, Tensor]:
+        """What the heads read and the last state, see `delta`."""
+        return delta(q, k, v, beta, log_decay, **carried)
 
     def log_decay(self, x: Tensor) -> Tensor | None:
         """What becomes of the state before the token: (B, T, H), (B, T, H, K), or None."""
@@ -160,8 +173,9 @@ class DeltaNet(Mixer):
         """See `Mixer.cost`."""
         D, H, K, V = self.d_model, self.n_heads, self.key_size, self.value_size
         width, W = self.conv_weight.shape
-        products = D * (width + H + H * V)
-        flops = 2 * length * (products + 3 * H * K * V)
+        n = self.n_householder
+        products = D * (width + n * H + H * V)
+        flops = 2 * length * (products + 3 * n * H * K * V)
         return Cost(products + width * W + V, flops, 4 * (width * (W - 1) + H * K * V))
 
 

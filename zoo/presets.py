@@ -85,6 +85,13 @@ PRESETS: dict[str, dict[str, Any]] = {
         "repeats": 4,
         "norm": "layernorm",
     },
+    # Peng et al., 2025, arXiv:2503.14456: the first time mix hands its values to the others.
+    "rwkv7-tiny": {
+        "d_model": 128,
+        "pattern": ["rwkv7", "rwkv7_channel"],
+        "repeats": 4,
+        "norm": "layernorm",
+    },
     # Fedus et al., 2021, arXiv:2101.03961: experts in every other channel mixer.
     "switch-tiny": {
         "d_model": 128,

@@ -12,8 +12,9 @@ from seqzoo.kernels.decay.chunked import chunk_count
 from seqzoo.kernels.delta.chunked import backward as chunked_backward
 from seqzoo.kernels.delta.chunked import forward as chunked_forward
 from seqzoo.kernels.delta.chunked import step
+from seqzoo.kernels.delta.inputs import begin, check_heads, columns, where_real
 from seqzoo.kernels.delta.reference import delta as reference_delta
-from seqzoo.kernels.dispatch import Backend, accumulator, choose, declare, full_precision
+from seqzoo.kernels.dispatch import Backend, choose, declare, full_precision
 from seqzoo.kernels.errors import check_shape
 from seqzoo.kernels.operator import operator
 
@@ -60,20 +61,10 @@ def delta(
     Raises:
         ValueError: shapes that do not fit, or a backend that cannot serve the call.
     """
-    _check(q, k, v, beta, log_decay)
-    B, T, H, V = v.shape
-    for name, flags in (("reset", reset), ("mask", mask)):
-        if flags is not None:
-            check_shape(name, flags.shape, (B, T), "(B, T)")
-    shape = (B, H, k.shape[-1], V)
-    wide = v.dtype
-    for x in (q, k, beta, log_decay, initial_state):
-        wide = wide if x is None else torch.promote_types(wide, x.dtype)
-    wide = accumulator(wide)
-    if initial_state is None:
-        initial_state = torch.zeros(shape, device=v.device, dtype=wide)
-    check_shape("initial_state", initial_state.shape, shape, "(B, H, K, V)")
-    state = initial_state.to(wide)
+    check_heads("delta", v, k, log_decay, q=q)
+    check_shape("beta", beta.shape, v.shape[:3], "(B, T, H)")
+    state = begin(v, k.shape[-1], (q, k, beta, log_decay), initial_state, reset, mask)
+    wide = state.dtype
     chosen = choose("delta", v, backend)
     with full_precision(v):
         q = q if scale == 1 else q.to(wide) * scale
@@ -84,20 +75,6 @@ def delta(
         else:
             o, state = _vectorised(q, k, v, beta, log_decay, state, reset, mask)
     return o.to(v.dtype), state
-
-
-def _check(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor | None) -> None:
-    if v.ndim != 4 or k.ndim != 4:
-        raise ValueError(f"k is {tuple(k.shape)}, v is {tuple(v.shape)}; delta takes (B, T, H, K)")
-    B, T, H, _ = v.shape
-    keys = (B, T, H, k.shape[-1])
-    check_shape("k", k.shape, keys, "(B, T, H, K)")
-    check_shape("q", q.shape, keys, "(B, T, H, K)")
-    check_shape("beta", beta.shape, (B, T, H), "(B, T, H)")
-    if log_decay is not None and log_decay.ndim == 3:
-        check_shape("log_decay", log_decay.shape, (B, T, H), "(B, T, H)")
-    elif log_decay is not None:
-        check_shape("log_decay", log_decay.shape, keys, "(B, T, H, K)")
 
 
 def _vectorised(
@@ -113,12 +90,7 @@ def _vectorised(
     """Everything said with keys, betas and decays alone, then the chunks."""
     if v.shape[0] * v.shape[1] == 0:
         return v, state
-    beta = beta[..., None]
-    if g is None:
-        g = state.new_zeros(beta.shape)
-    g = g[..., None] if g.ndim == 3 else g
-    if mask is not None:  # keys as well: junk must not meet the others in the triangular inverse
-        k, beta, g = (torch.where(mask[..., None, None], x, 0) for x in (k, beta, g))
+    k, beta, g = where_real(mask, k, beta[..., None], columns(g, beta))
     if reset is not None:
         g = torch.where(reset[..., None, None], -torch.inf, g)
     if v.shape[1] == 1:

@@ -188,9 +188,13 @@ def _products_backward(
 
 def _writes(Ks: Tensor, V: Tensor, beta: Tensor, products: Tensor) -> Writes:
     """From keys decayed since the chunk began, and keys' products; W is negative, to be added."""
-    eye = torch.eye(products.shape[-1], dtype=products.dtype, device=products.device)
-    T = torch.linalg.solve_triangular(
-        beta * products, eye.expand_as(products), upper=False, unitriangular=True
-    )
+    T = inverse(beta * products)
     bT = T * beta.mT
     return Writes(T, (bT @ Ks).neg_(), bT @ V)
+
+
+def inverse(M: Tensor) -> Tensor:
+    """(1 + tril(M, -1))^-1, unit lower triangular."""
+    eye = torch.eye(M.shape[-1], dtype=M.dtype, device=M.device).expand_as(M)
+    T: Tensor = torch.linalg.solve_triangular(M, eye, upper=False, unitriangular=True)
+    return T

@@ -1,161 +1,117 @@
-"""The delta rule against a float64 loop over time, closed forms, and flash-linear-attention."""
+"""Both delta rules against a float64 loop over time; the plain one against its closed form and fla.
 
-import importlib.util
+What is special to the low-rank one is in `test_delta_lowrank.py`.
+"""
+
 from itertools import pairwise
-from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
 import seqzoo.kernels.decay.chunked as shared
 from seqzoo.kernels.delta import delta
-from tests.tolerances import EXACT, assert_close_to_reference, law_budget, relative_error
+from tests.kernels.delta_rules import (
+    ALL,
+    FAST,
+    GATED,
+    compare,
+    cut,
+    everything,
+    flags,
+    inputs,
+    leaves,
+    naive,
+    over,
+    rule,
+    truth,
+)
+from tests.tolerances import EXACT, law_budget, relative_error
 
 LENGTHS = (1, 2, 31, 32, 33, 63, 64, 65, 100)
-KINDS = ("none", "scalar", "vector")
 HALF = (torch.float16, torch.bfloat16)
 SHAPES = [(2, 70, 2, 5, 3), (1, 65, 3, 4, 7), (3, 33, 1, 1, 1)]  # B, T, H, K, V
 
 
-def inputs(B: int, T: int, H: int, K: int, V: int, *, kind: str) -> dict[str, Tensor]:
-    """Float64; keys of norm 1, betas in (0, 2), decays from mild to strong."""
-    made = {
-        "q": torch.randn(B, T, H, K),
-        "k": normalize(torch.randn(B, T, H, K), dim=-1),
-        "v": torch.randn(B, T, H, V),
-        "beta": 2 * torch.rand(B, T, H),
-        "initial_state": torch.randn(B, H, K, V),
-    }
-    if kind != "none":
-        shape = (B, T, H) if kind == "scalar" else (B, T, H, K)
-        made["log_decay"] = -torch.rand(shape) * 2.0 ** torch.randint(-6, 3, shape)
-    return {name: x.double() for name, x in made.items()}
-
-
-def flags(B: int, T: int) -> dict[str, Tensor]:
-    """Junk in the middle, at the left and at the right; documents of every length, 1 included."""
-    mask = torch.rand(B, T) < 0.7
-    mask[0, : T // 5] = False
-    mask[-1, T - T // 6 :] = False
-    return {"mask": mask, "reset": (torch.rand(B, T) < 0.1) & mask}
-
-
-def leaves(given: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """As somebody would call it: with half-precision q, k and v, the others are float32."""
-    wide = torch.promote_types(dtype, torch.float32)
-    return {
-        name: x.detach().to(dtype if name in ("q", "k", "v") else wide).requires_grad_()
-        for name, x in given.items()
-    }
-
-
-def everything(given: dict[str, Tensor], **options: object) -> dict[str, Tensor]:
-    """Output, last state and all gradients of one fixed function of both."""
-    o, state = delta(**given, **options)
-    if (mask := options.get("mask")) is not None:
-        o = torch.where(mask[..., None, None], o, 0)
-    loss = sum((x * exact(x)).sum().double() for x in (o, state))
-    grads = torch.autograd.grad(loss, list(given.values()), materialize_grads=True)
-    named = {f"gradient of {name}": g for name, g in zip(given, grads, strict=True)}
-    return {"output": o.detach(), "state": state.detach(), **named}
-
-
-def exact(x: Tensor) -> Tensor:
-    """Numbers that every dtype holds exactly."""
-    return ((torch.arange(x.numel()) * 7 % 13 - 4) / 8).view(x.shape).to(x.dtype)
-
-
-def truth(given: dict[str, Tensor], **options: object) -> dict[str, Tensor]:
-    return everything(leaves(given, torch.float64), **options, backend="reference")
-
-
-def compare(found: dict[str, Tensor], wanted: dict[str, Tensor], dtype: torch.dtype) -> None:
-    for name, out in found.items():
-        gradient = name.startswith("gradient")
-        assert_close_to_reference(
-            out, wanted[name], dtype, family="delta", gradient=gradient, name=name
-        )
-
-
-def cut(given: dict[str, Tensor], tokens: slice | Tensor) -> dict[str, Tensor]:
-    return {name: x if name == "initial_state" else x[:, tokens] for name, x in given.items()}
-
-
-@pytest.mark.parametrize("kind", KINDS)
+@over(FAST)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_chunks_are_the_loop_in_every_number_with_masks_and_resets(shape, kind):
+def test_chunks_are_the_loop_in_every_number_with_masks_and_resets(shape, kind, backend):
     given = inputs(*shape, kind=kind)
     options = flags(*shape[:2]) | {"scale": 0.7}
-    found = everything(leaves(given, torch.float64), **options)
+    found = everything(leaves(given, torch.float64), **options, backend=backend)
     compare(found, truth(given, **options), torch.float64)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@over(FAST)
 @pytest.mark.parametrize("T", LENGTHS)
-def test_every_length_around_chunk_borders(T, kind):
+def test_every_length_around_chunk_borders(T, kind, backend):
     given = inputs(2, T, 2, 3, 4, kind=kind)
-    compare(everything(leaves(given, torch.float64)), truth(given), torch.float64)
+    found = everything(leaves(given, torch.float64), backend=backend)
+    compare(found, truth(given), torch.float64)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
-@pytest.mark.parametrize("kind", KINDS)
-def test_error_stays_in_budget_on_the_same_rounded_inputs(kind, dtype, poisoned_empty):
+@over(FAST)
+def test_error_stays_in_budget_on_the_same_rounded_inputs(kind, backend, dtype, poisoned_empty):
     given = leaves(inputs(2, 150, 2, 24, 20, kind=kind), dtype)
     options = flags(2, 150)
-    compare(everything(given, **options), truth(given, **options), dtype)
+    compare(everything(given, **options, backend=backend), truth(given, **options), dtype)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@over(FAST)
 @pytest.mark.parametrize("beta", [0.0, 1.0, 2.0])
-def test_identical_keys_and_constant_betas_do_not_blow_up_the_triangular_inverse(beta, kind):
+def test_identical_keys_and_constant_betas_do_not_blow_up_the_triangular_inverse(
+    beta, kind, backend
+):
     # at 2 each write turns the sign of what the key holds: nothing ever decays
     given = {name: x.float() for name, x in inputs(2, 200, 2, 16, 8, kind=kind).items()}
-    given["k"] = torch.full_like(given["k"], 0.25)  # of norm 1, exactly
-    given["beta"] = torch.full_like(given["beta"], beta)
-    compare(everything(leaves(given, torch.float32)), truth(given), torch.float32)
+    same = torch.full_like(given["k"], 0.25)  # of norm 1, exactly
+    given |= {"k": same, "a": -same, "b": beta * same} if "a" in given else {"k": same}
+    if "beta" in given:
+        given["beta"] = torch.full_like(given["beta"], beta)
+    elif beta == 2:  # here the two decay apart, and what is taken is more than what was there
+        given["log_decay"] = torch.zeros_like(given["log_decay"])
+    found = everything(leaves(given, torch.float32), backend=backend)
+    compare(found, truth(given), torch.float32)
 
 
-@pytest.mark.parametrize("value", [0.0, -1e-8, -88.0, -1e4, -torch.inf])
-@pytest.mark.parametrize("kind", ["scalar", "vector"])
-def test_hostile_decays_everywhere_are_finite_and_exact(kind, value):
+@pytest.mark.parametrize("value", [0.0, -1e-8, -20.0, -88.0, -1e4, -torch.inf])
+@over(GATED)
+def test_hostile_decays_everywhere_are_finite_and_exact(kind, backend, value):
     given = {name: x.float() for name, x in inputs(2, 70, 2, 4, 3, kind=kind).items()}
     given["log_decay"] = torch.full_like(given["log_decay"], value)
-    found = everything(leaves(given, torch.float32))
+    found = everything(leaves(given, torch.float32), backend=backend)
     assert all(x.isfinite().all() for x in found.values())
     compare(found, truth(given), torch.float32)
 
 
-@pytest.mark.parametrize("kind", ["scalar", "vector"])
-def test_one_strong_decay_does_not_spoil_mild_ones_beside_it(kind):
+@over(GATED)
+def test_one_strong_decay_does_not_spoil_mild_ones_beside_it(kind, backend):
     # exp(G_i - G_j) with sums from the chunk's start loses all digits behind a -1e4
     given = {name: x.float() for name, x in inputs(2, 128, 1, 4, 4, kind=kind).items()}
     given["log_decay"] = -0.05 * torch.rand_like(given["log_decay"])
     for t, value in ((0, -1e4), (31, -88.0), (32, -torch.inf), (40, -1e4), (63, -1e4), (64, -1e4)):
         given["log_decay"][:, t] = value
-    compare(everything(leaves(given, torch.float32)), truth(given), torch.float32)
+    found = everything(leaves(given, torch.float32), backend=backend)
+    compare(found, truth(given), torch.float32)
 
 
-@pytest.mark.parametrize("backend", ["chunked", "reference"])
-@pytest.mark.parametrize("kind", KINDS)
+@over(ALL)
 def test_a_reset_row_is_separate_documents(kind, backend):
     T, cuts = 90, (0, 1, 2, 31, 32, 64, 90)
     given = inputs(1, T, 2, 3, 4, kind=kind)
     given["initial_state"] = 1e6 * given["initial_state"]  # what leaks shows
     reset = torch.zeros(1, T, dtype=torch.bool)
     reset[:, list(cuts[:-1])] = True
-    o, state = delta(**given, reset=reset, backend=backend)
+    o, state = rule(**given, reset=reset, backend=backend)
     for start, stop in pairwise(cuts):
         alone = cut(given, slice(start, stop)) | {"initial_state": None}
-        wanted, last = delta(**alone, backend="reference")
+        wanted, last = rule(**alone, backend="reference")
         assert relative_error(o[:, start:stop], wanted) <= EXACT
     assert relative_error(state, last) <= EXACT
 
 
-@pytest.mark.parametrize("backend", ["chunked", "reference"])
-@pytest.mark.parametrize("kind", KINDS)
+@over(ALL)
 def test_masked_tokens_are_as_if_they_were_not_there(kind, backend):
     given = inputs(1, 80, 2, 3, 4, kind=kind)
     mask = flags(1, 80)["mask"]
@@ -165,17 +121,17 @@ def test_masked_tokens_are_as_if_they_were_not_there(kind, backend):
         else torch.where(mask.view(1, 80, *[1] * (x.ndim - 2)), x, -1e30)
         for name, x in given.items()
     }
-    o, state = delta(**junk, mask=mask, backend=backend)
-    wanted, last = delta(**cut(given, mask[0]), backend="reference")
+    o, state = rule(**junk, mask=mask, backend=backend)
+    wanted, last = rule(**cut(given, mask[0]), backend="reference")
     assert relative_error(o[:, mask[0]], wanted) <= EXACT
     assert relative_error(state, last) <= EXACT
-    if backend == "chunked":
+    if backend != "reference":
         assert o.isfinite().all()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@over(FAST)
 @pytest.mark.parametrize("sizes", [(1,) * 40, (1, 2, 31, 6), (0, 33, 7, 0)], ids=str)
-def test_any_split_is_one_pass_in_outputs_state_and_gradients(sizes, kind):
+def test_any_split_is_one_pass_in_outputs_state_and_gradients(sizes, kind, backend):
     given = inputs(2, 40, 2, 3, 4, kind=kind)
     options = flags(2, 40)
     results = []
@@ -185,7 +141,8 @@ def test_any_split_is_one_pass_in_outputs_state_and_gradients(sizes, kind):
         for size in parts:
             span = slice(start, start + size)
             now = cut(x, span) | {"initial_state": state}
-            o, state = delta(**now, **{n: f[:, span] for n, f in options.items()})
+            here = {n: f[:, span] for n, f in options.items()}
+            o, state = rule(**now, **here, backend=backend)
             outputs.append(o)
             start += size
         o = torch.where(options["mask"][..., None, None], torch.cat(outputs, dim=1), 0)
@@ -196,27 +153,28 @@ def test_any_split_is_one_pass_in_outputs_state_and_gradients(sizes, kind):
 
 
 @pytest.mark.parametrize("T", [1, 2, 33])
-@pytest.mark.parametrize("kind", KINDS)
-def test_gradcheck(kind, T):
+@over(FAST)
+def test_gradcheck(kind, backend, T):
     tensors = leaves(inputs(1, T, 2, 2, 2, kind=kind), torch.float64)
     options = flags(1, T)
 
     def run(*values: Tensor) -> tuple[Tensor, Tensor]:
-        return delta(**dict(zip(tensors, values, strict=True)), **options)
+        return rule(**dict(zip(tensors, values, strict=True)), **options, backend=backend)
 
     assert torch.autograd.gradcheck(run, tuple(tensors.values()), fast_mode=T > 2)
 
 
-def test_only_the_last_state_or_only_the_outputs_may_be_used():
-    given = leaves(inputs(2, 40, 1, 3, 4, kind="vector"), torch.float64)
+@over(FAST)
+def test_only_the_last_state_or_only_the_outputs_may_be_used(kind, backend):
+    given = leaves(inputs(2, 40, 1, 3, 4, kind=kind), torch.float64)
     for which in (0, 1):
         found, wanted = (
             torch.autograd.grad(
-                delta(**given, backend=backend)[which].square().sum(),
+                rule(**given, backend=name)[which].square().sum(),
                 list(given.values()),
                 materialize_grads=True,
             )
-            for backend in ("chunked", "reference")
+            for name in (backend, "reference")
         )
         assert all(relative_error(a, b) <= 2 * EXACT for a, b in zip(found, wanted, strict=True))
 
@@ -231,19 +189,6 @@ def test_orthonormal_keys_with_beta_one_are_a_dictionary():
     for i in order.unique():
         last = int((order == i).nonzero().max())
         assert relative_error(keys[i] @ state[0, 0], v[0, last, 0]) <= 1e-12
-
-
-def naive(rule: str) -> ModuleType:
-    """Their loops and chunks, from their own file: the package around it wants a GPU."""
-    package = importlib.util.find_spec("fla")
-    places = [] if package is None else list(package.submodule_search_locations or ())
-    files = [p for place in places if (p := Path(place) / f"ops/{rule}/naive.py").is_file()]
-    if not files:
-        pytest.skip("flash-linear-attention is not installed")
-    spec = importlib.util.spec_from_file_location(f"fla_naive_{rule}", files[0])
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_equals_the_recurrence_and_the_chunks_of_deltanet_in_flash_linear_attention():
@@ -281,35 +226,37 @@ def test_equals_the_gated_recurrences_of_flash_linear_attention(rule, loop, kind
     assert relative_error(state, last) <= 1e-5
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_future_is_never_read(kind):
+@over(FAST)
+def test_the_future_is_never_read(kind, backend):
     given = inputs(2, 100, 1, 4, 3, kind=kind)
-    o = delta(**given)[0]
+    o = rule(**given, backend=backend)[0]
     for t in (1, 31, 32, 50, 99):
-        later = {n: x * (1 if n in ("k", "beta") else 1e4) for n, x in given.items()}
+        later = {n: x * (1 if n in ("k", "a", "b", "beta") else 1e4) for n, x in given.items()}
         other = {
             name: x if name == "initial_state" else torch.cat([x[:, :t], y[:, t:].flip(1)], dim=1)
             for (name, x), y in zip(given.items(), later.values(), strict=True)
         }
-        assert torch.equal(delta(**other)[0][:, :t], o[:, :t])
+        assert torch.equal(rule(**other, backend=backend)[0][:, :t], o[:, :t])
 
 
 @pytest.mark.parametrize("T", [0, 1, 40])
 @pytest.mark.parametrize("B", [0, 2])
-@pytest.mark.parametrize("backend", ["chunked", "reference"])
-def test_no_rows_and_no_tokens_leave_the_state(backend, B, T):
-    given = inputs(B, T, 2, 3, 4, kind="vector")
-    o, state = delta(**given, backend=backend)
+@over([(kind, backend) for kind, backend in ALL if kind in ("vector", "lowrank")])
+def test_no_rows_and_no_tokens_leave_the_state(kind, backend, B, T):
+    given = inputs(B, T, 2, 3, 4, kind=kind)
+    o, state = rule(**given, backend=backend)
     assert o.shape == (B, T, 2, 4)
     assert state.shape == (B, 2, 3, 4)
     if T == 0:
         assert torch.equal(state, given["initial_state"])
 
 
-@pytest.mark.parametrize("backend", ["chunked", "reference"])
-def test_half_precision_keeps_a_float32_state_and_autocast_does_not_reach_the_products(backend):
-    given = leaves(inputs(2, 70, 2, 4, 3, kind="scalar"), torch.bfloat16)
-    o, state = delta(**given, backend=backend)
+@over([(kind, backend) for kind, backend in ALL if "scalar" in kind])
+def test_half_precision_keeps_a_float32_state_and_autocast_does_not_reach_the_products(
+    kind, backend
+):
+    given = leaves(inputs(2, 70, 2, 4, 3, kind=kind), torch.bfloat16)
+    o, state = rule(**given, backend=backend)
     assert o.dtype == torch.bfloat16
     assert state.dtype == torch.float32
     wide = {name: x.detach().float() for name, x in given.items()}
@@ -320,39 +267,43 @@ def test_half_precision_keeps_a_float32_state_and_autocast_does_not_reach_the_pr
     assert all(torch.equal(inside[name], plain[name]) for name in names)
 
 
-def test_layout_in_memory_changes_nothing():
-    given = inputs(2, 70, 2, 4, 6, kind="vector")
+@over(FAST)
+def test_layout_in_memory_changes_nothing(kind, backend):
+    given = inputs(2, 70, 2, 4, 6, kind=kind)
     strided = {name: x.transpose(0, -1).contiguous().transpose(0, -1) for name, x in given.items()}
     assert not any(x.is_contiguous() for x in strided.values())
-    found = everything(leaves(given, torch.float64))
-    for name, other in everything({n: x.requires_grad_() for n, x in strided.items()}).items():
+    found = everything(leaves(given, torch.float64), backend=backend)
+    strided = {n: x.requires_grad_() for n, x in strided.items()}
+    for name, other in everything(strided, backend=backend).items():
         assert torch.equal(other, found[name])
 
 
-def test_work_in_parts_is_work_at_once(monkeypatch):
-    given = inputs(2, 200, 2, 4, 6, kind="vector")
-    found = everything(leaves(given, torch.float64))
+@pytest.mark.parametrize("kind", ["vector", "lowrank"])
+def test_work_in_parts_is_work_at_once(kind, monkeypatch):
+    given = inputs(2, 200, 2, 4, 6, kind=kind)
+    found = everything(leaves(given, torch.float64), backend="chunked")
     monkeypatch.setattr(shared, "CACHED", 1)
-    for name, other in everything(leaves(given, torch.float64)).items():
+    for name, other in everything(leaves(given, torch.float64), backend="chunked").items():
         assert relative_error(other, found[name]) <= EXACT
 
 
 @pytest.mark.parametrize("T", [1, 2, 33, 100])
-def test_meta_tensors_have_the_shapes_and_dtypes_of_real_ones(T):
-    given = leaves(inputs(2, T, 2, 4, 6, kind="scalar"), torch.bfloat16)
-    real = delta(**given)
-    meta = delta(**{name: x.detach().to("meta") for name, x in given.items()})
+@over([(kind, backend) for kind, backend in FAST if "scalar" in kind])
+def test_meta_tensors_have_the_shapes_and_dtypes_of_real_ones(kind, backend, T):
+    given = leaves(inputs(2, T, 2, 4, 6, kind=kind), torch.bfloat16)
+    real = rule(**given, backend=backend)
+    meta = rule(**{n: x.detach().to("meta") for n, x in given.items()}, backend=backend)
     for a, b in zip(meta, real, strict=True):
         assert (a.shape, a.dtype, a.device.type) == (b.shape, b.dtype, "meta")
 
 
-@pytest.mark.parametrize(("kind", "T"), [("scalar", 1), ("vector", 70)])
+@pytest.mark.parametrize(("kind", "T"), [("scalar", 1), ("vector", 70), ("lowrank", 70)])
 def test_compiled_without_graph_breaks_it_is_the_same(kind, T):
     given = leaves(inputs(2, T, 1, 4, 3, kind=kind), torch.float64)
     options = flags(2, T)
 
     def run(given: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        return delta(**given, **options)
+        return rule(**given, **options)
 
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
     found, wanted = (
@@ -370,12 +321,13 @@ def test_opcheck(kind, T):
     torch.library.opcheck(torch.ops.seqzoo.delta.default, arguments)
 
 
-def test_what_is_kept_for_the_backward_pass_is_inputs_and_chunk_states_only():
+@over([(kind, backend) for kind, backend in FAST if kind in ("vector", "lowrank")])
+def test_what_is_kept_for_the_backward_pass_is_inputs_and_chunk_states_only(kind, backend):
     B, T, H, K, V = 2, 500, 2, 8, 8
-    given = leaves(inputs(B, T, H, K, V, kind="vector"), torch.float32)
+    given = leaves(inputs(B, T, H, K, V, kind=kind), torch.float32)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
-        delta(**given)
+        rule(**given, backend=backend)
     chunks = shared.chunk_count(T)
     allowed = sum(x.numel() for x in given.values()) + (chunks + 1) * B * H * K * V
     assert sum(x.numel() for x in kept) <= allowed

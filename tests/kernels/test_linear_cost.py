@@ -14,12 +14,15 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from seqzoo.kernels.decay import decay
+from seqzoo.kernels.delta import delta
+from seqzoo.kernels.delta.lowrank import delta_lowrank
 from seqzoo.kernels.dispatch import BACKENDS
 from seqzoo.kernels.maxplus import maxplus
 from seqzoo.kernels.scan import scan
 from seqzoo.kernels.selective_scan import selective_scan
 from seqzoo.kernels.short_conv import short_conv
 from seqzoo.kernels.slstm import slstm
+from seqzoo.kernels.ttt import ttt
 from seqzoo.kernels.wkv import wkv
 
 FEW, SHORT, LONG = 64, 256, 1024
@@ -65,9 +68,30 @@ def run_maxplus(backend: str, T: int) -> tuple[Tensor, list[Tensor]]:
     return maxplus(-a, b, initial_state=start, backend=backend)[0], [a, b, start]
 
 
+def run_delta(backend: str, T: int) -> tuple[Tensor, list[Tensor]]:
+    (q, k, v, g), beta = (leaf(2, T, 2, 8) for _ in range(4)), leaf(2, T, 2)
+    start = leaf(2, 2, 8, 8)
+    o, _ = delta(q, k / 8, v, beta, -g, initial_state=start, backend=backend)
+    return o, [q, k, v, beta, g, start]
+
+
+def run_delta_lowrank(backend: str, T: int) -> tuple[Tensor, list[Tensor]]:
+    (q, k, v, a, b, g), start = (leaf(2, T, 2, 8) for _ in range(6)), leaf(2, 2, 8, 8)
+    o, _ = delta_lowrank(q, k, v, -a, b / 8, -g, initial_state=start, backend=backend)
+    return o, [q, k, v, a, b, g, start]
+
+
 def run_slstm(backend: str, T: int) -> tuple[Tensor, list[Tensor]]:
     gates, recurrent = leaf(2, T, 4, 2, 8), leaf(4, 2, 8, 8)
     return slstm(gates, recurrent, backend=backend)[0], [gates, recurrent]
+
+
+def run_ttt(backend: str, T: int) -> tuple[Tensor, list[Tensor]]:
+    tokens = [leaf(2, T, 2, 8), leaf(2, T, 2, 8), leaf(2, T, 2, 8), leaf(2, T, 2), leaf(2, T, 2)]
+    model, start = [leaf(2, 8, 8), leaf(2, 8), leaf(2, 8), leaf(2, 8)], leaf(2, 2, 2, 9, 8)
+    slot = (torch.arange(T) % 16).expand(2, T)
+    o, _ = ttt(*tokens, slot, *model, initial_state=start, backend=backend)
+    return o, [*tokens, *model, start]
 
 
 def run_diseased(_: str, T: int) -> tuple[Tensor, list[Tensor]]:
@@ -82,10 +106,13 @@ def run_diseased(_: str, T: int) -> tuple[Tensor, list[Tensor]]:
 KERNELS = {
     "decay": run_decay,
     "maxplus": run_maxplus,
+    "delta": run_delta,
+    "delta_lowrank": run_delta_lowrank,
     "scan": run_scan,
     "selective_scan": run_selective_scan,
     "short_conv": run_short_conv,
     "slstm": run_slstm,
+    "ttt": run_ttt,
     "wkv": run_wkv,
 }
 CASES = [

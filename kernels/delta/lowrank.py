@@ -1,0 +1,168 @@
+"""A state that decays, moves something of itself elsewhere, and takes a write: diagonal + low rank.
+
+Carries RWKV-7.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from seqzoo.kernels.decay.chunked import chunk_count
+from seqzoo.kernels.delta.inputs import begin, check_heads, columns, where_real
+from seqzoo.kernels.delta.lowrank_chunked import backward as chunked_backward
+from seqzoo.kernels.delta.lowrank_chunked import forward as chunked_forward
+from seqzoo.kernels.delta.lowrank_chunked import step
+from seqzoo.kernels.delta.reference import delta_lowrank as reference_delta_lowrank
+from seqzoo.kernels.dispatch import Backend, choose, declare, full_precision
+from seqzoo.kernels.operator import operator
+
+declare("delta_lowrank", Backend("chunked"), Backend("reference"))
+
+
+def delta_lowrank(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    log_decay: Tensor,
+    *,
+    scale: float = 1.0,
+    initial_state: Tensor | None = None,
+    reset: Tensor | None = None,
+    mask: Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """S_t = (Diag(w_t) + b_t a_t^T) S_{t-1} + k_t v_t^T; o_t = scale q_t^T S_t.
+
+    With w = exp(log_decay). O(T K V) time. What a reads has not decayed yet at its token. The
+    caller keeps the transition from growing: RWKV-7 has a = -n and b = n * gate, n the normalised
+    removal key and the gate in [0, 1] a key channel. The delta rule is a = -w * k, b = beta k, with
+    beta v for v. Peng et al., "RWKV-7 Goose", arXiv:2503.14456, section 4.
+
+    Args:
+        q: queries (B, T, H, K); RWKV-7 calls them r.
+        k: keys (B, T, H, K).
+        v: values (B, T, H, V).
+        a: what is read of the state, (B, T, H, K).
+        b: where what was read is added, (B, T, H, K).
+        log_decay: <= 0, -inf included; (B, T, H, K) or (B, T, H).
+        scale: factor of the output.
+        initial_state: S before the first token, (B, H, K, V); zero when None.
+        reset: (B, T) bool; True empties the state before the token.
+        mask: (B, T) bool; False leaves the state untouched, and o there means nothing.
+        backend: `chunked` or `reference`; `chunked` when None.
+
+    Returns:
+        o: (B, T, H, V) in the dtype of `v`.
+        state: (B, H, K, V), the last S, in float32 or wider. Both are differentiable.
+
+    Raises:
+        ValueError: shapes that do not fit, or a backend that cannot serve the call.
+    """
+    check_heads("delta_lowrank", v, k, log_decay, q=q, a=a, b=b)
+    state = begin(v, k.shape[-1], (q, k, a, b, log_decay), initial_state, reset, mask)
+    wide = state.dtype
+    chosen = choose("delta_lowrank", v, backend)
+    with full_precision(v):
+        q = q if scale == 1 else q.to(wide) * scale
+        if chosen == "reference":
+            q, k, values, a, b, g = (x.to(wide) for x in (q, k, v, a, b, log_decay))
+            o, state = reference_delta_lowrank(q, k, values, a, b, g, state, reset, mask)
+        else:
+            o, state = _vectorised(q, k, v, a, b, log_decay, state, reset, mask)
+    return o.to(v.dtype), state
+
+
+def _vectorised(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    log_decay: Tensor,
+    state: Tensor,
+    reset: Tensor | None,
+    mask: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Everything said with a, b, keys and decays alone, then the chunks."""
+    if v.shape[0] * v.shape[1] == 0:
+        return v, state
+    k, a, b, g = where_real(mask, k, a, b, columns(log_decay, v))
+    if reset is not None:  # a reads before the decay
+        g = torch.where(reset[..., None, None], -torch.inf, g)
+        a = torch.where(reset[..., None, None], 0, a)
+    if v.shape[1] == 1:
+        return step(q, k, v, a, b, g, state)
+    o, last, _ = _chunks(q, k, v, a, b, g, state)
+    return o, last
+
+
+@operator("seqzoo::delta_lowrank")
+def _chunks(
+    q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, g: Tensor, initial_state: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    o, states = chunked_forward(q, k, v, a, b, g, initial_state)
+    return o, states[-1].clone(), states
+
+
+@_chunks.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, g: Tensor, initial_state: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    states = initial_state.new_empty(1 + chunk_count(v.shape[1]), *initial_state.shape)
+    return v.new_empty(v.shape, dtype=states.dtype), states.new_empty(states.shape[1:]), states
+
+
+@operator("seqzoo::delta_lowrank_backward")
+def _chunks_backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    g: Tensor,
+    states: Tensor,
+    do: Tensor,
+    dstate: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    with full_precision(v):
+        return chunked_backward(q, k, v, a, b, g, states, do, dstate)
+
+
+@_chunks_backward.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    g: Tensor,
+    states: Tensor,
+    do: Tensor,
+    dstate: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dq, dk, dv, da, db, dg = (x.new_empty(x.shape) for x in (q, k, v, a, b, g))
+    return dq, dk, dv, da, db, dg, dstate.new_empty(dstate.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:  # noqa: ANN401
+    ctx.save_for_backward(*inputs[:6], output[2])
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(
+    ctx: Any,  # noqa: ANN401  # torch's own type
+    do: Tensor | None,
+    dstate: Tensor | None,
+    _: None,
+) -> tuple[Tensor, ...]:
+    *inputs, states = ctx.saved_tensors
+    do = states.new_zeros(inputs[2].shape) if do is None else do
+    dstate = states.new_zeros(states.shape[1:]) if dstate is None else dstate
+    gradients: tuple[Tensor, ...] = _chunks_backward(*inputs, states, do, dstate)
+    return gradients
+
+
+_chunks.register_autograd(_differentiate, setup_context=_save)
