@@ -11,9 +11,9 @@ MEMORY = {
     "decoder": {"d_model": 32, "pattern": ["short_conv", "mlp"]},
     "task": {"name": "memorization", "length": 8, "vocab_size": 17},
     "steps": 150,
-    "lr": 0.02,
+    "lr": 0.01,
     "warmup_steps": 5,
-    "eval_every": 25,
+    "eval_every": 10,
     "eval_rows": 64,
     "test_rows": 200,
 }
@@ -46,7 +46,7 @@ def test_it_stops_at_the_first_look_that_finds_all_shares_reached():
     assert result["stopped"]
     assert shares[-1] >= 0.9
     assert all(share < 0.9 for share in shares[:-1])
-    assert result["steps"] == 25 * len(shares) < 150
+    assert result["steps"] == 10 * len(shares) < 150
 
 
 def test_the_same_bits_come_from_any_state_of_the_process():  # from others too: see test_gates

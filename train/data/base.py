@@ -112,11 +112,11 @@ class Tokens(LightningDataModule):
             rank=rank,
         )
 
-    def val_dataloader(self) -> DataLoader[Batch]:
+    def val_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
         """The fixed validation samples."""
         return self._fixed("val")
 
-    def test_dataloader(self) -> DataLoader[Batch]:
+    def test_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
         """The fixed test samples."""
         return self._fixed("test")
 
