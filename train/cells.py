@@ -132,6 +132,7 @@ def train_cell(description: Mapping[str, Any]) -> dict[str, Any]:
     Returns:
         cell: the complete description, and `key`, its hash.
         parameters: trainable scalars.
+        state_bytes, flops: of one row by length, all mixers together; see `Mixer.cost`.
         steps: taken; fewer than asked for when `stop` was reached.
         stopped: whether it was.
         curve: of each look, `step`, the mean training `loss` since the one before, and `accuracy`
@@ -151,10 +152,13 @@ def train_cell(description: Mapping[str, Any]) -> dict[str, Any]:
         network = build_network(DecoderSpec.from_dict(cell.decoder), task)
         curve, stopped = _train(cell, task, tasks, network)
         accuracy = measure(network, tasks, cell, "test")
+    costs = {n: [entry.mixer.cost(n) for entry in network.model.entries] for n in cell.lengths}
     return {
         "key": cell.key(),
         "cell": cell.to_dict(),
         "parameters": sum(p.numel() for p in network.parameters()),
+        "state_bytes": {str(n): sum(c.state_bytes for c in each) for n, each in costs.items()},
+        "flops": {str(n): sum(c.flops for c in each) for n, each in costs.items()},
         "steps": curve[-1]["step"],
         "stopped": stopped,
         "curve": curve,

@@ -118,6 +118,15 @@ class Training(LightningModule):
             for entry in self.model.model.entries:
                 entry.compile()  # in place: the names in the state dict stay as they are
 
+    def setup(self, stage: str) -> None:
+        """Refuse data whose labels mean something else to this module, before any step."""
+        data = getattr(self.trainer, "datamodule", None)
+        if hasattr(data, "readout") and not isinstance(self, TokenClassification):
+            raise ValueError(
+                f"data {type(data).__name__} has an answer at each token; train it with "
+                "`--model TokenClassification`"
+            )
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The loss with its auxiliary parts."""
         out = self.output(batch)

@@ -37,6 +37,8 @@ def test_a_cell_learns_and_is_measured_on_rows_it_never_trained_on():
     assert result["curve"][-1]["loss"] < 0.1 < result["curve"][0]["loss"]
     assert (result["steps"], result["stopped"]) == (100, False)
     assert result["floor"]["8"]["accuracy"] == 1 / 32
+    assert result["state_bytes"] == {"8": 4 * 3 * 32}
+    assert result["flops"] == {"8": 8 * 2 * 2 * 32 * 128}
     assert json.loads(json.dumps(result)) == result
 
 

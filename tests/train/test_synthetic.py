@@ -222,6 +222,13 @@ def test_a_model_of_tokens_needs_data_that_say_where_answers_are(place, capsys):
     assert "readout='' is not allowed; it must be token or last" in capsys.readouterr().err
 
 
+def test_a_language_model_would_shift_the_answers_and_is_refused(place, capsys):
+    words = [w for w in TINY if "TokenClassification" not in w]
+    assert main(["fit", *words]) == 2
+    said = capsys.readouterr().err
+    assert "data Synthetic has an answer at each token; train it with `--model Token" in said
+
+
 @pytest.mark.parametrize("name", ["mqar", "parity", "induction", "selective_copying"])
 def test_the_overlays_train(place, name):
     configs = Path(__file__).parents[2] / "configs"

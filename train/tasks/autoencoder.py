@@ -6,8 +6,6 @@ with p_t the sines and cosines of position t, and MLP twice (norm, linear, GELU)
 compression task: Poli et al., 2024, arXiv:2403.17844 (athms/mad-lab, auto_encoder.py).
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -37,17 +35,17 @@ class AutoEncoder(ZooPreTrainedModel):  # type: ignore[no-untyped-call]
         self.head = nn.Sequential(nn.RMSNorm(D), nn.Linear(D, config.vocab_size))
         self.post_init()  # type: ignore[no-untyped-call]
 
-    def forward(self, input_ids: Tensor, **options: Any) -> ZooOutput:  # noqa: ANN401
+    def forward(self, input_ids: Tensor, use_cache: bool = False) -> ZooOutput:
         """Decode each row.
 
         Args:
             input_ids: (B, T), T >= 1.
-            options: those of `ZooModel.forward`.
+            use_cache: of no use here: a row is decoded whole.
 
         Returns:
             `logits` (B, T, V).
         """
-        out: ZooOutput = self.model(input_ids, **options)
+        out: ZooOutput = self.model(input_ids, use_cache=False)
         assert out.last_hidden_state is not None
         z = out.last_hidden_state[:, -1:]
         x = z + _sines(input_ids.shape[1], z)

@@ -170,6 +170,8 @@ class FuzzyRecall(Task):
         end = np.zeros(N, dtype=np.int64)
         for i in range(steps):
             open_ = end < limit
+            if not open_.any():
+                break
             due = (end >= place) & ~seen[row, probe]
             key = np.where(due, probe, drawn[:, i])
             key_size = np.where(open_, keys.sizes[key], 0)
