@@ -53,7 +53,9 @@ CATALOGUE: dict[str, str] = {
     "retnet": "seqzoo.layers.retnet:RetNet",
     "ttt_linear": "seqzoo.layers.ttt_linear:TTTLinear",
     # long convolutions
+    # convolutions
     "hyena": "seqzoo.layers.hyena:Hyena",
+    "short_conv": "seqzoo.layers.short_conv:ShortConv",
     # channel mixers
     "mlp": "seqzoo.layers.mlp:MLP",
     "rwkv6_channel": "seqzoo.layers.rwkv_channel:RWKV6Channel",
