@@ -42,8 +42,9 @@ CATALOGUE: dict[str, str] = {
     "lightning_attention": "seqzoo.layers.lightning_attention:LightningAttention",
     "linear_transformer": "seqzoo.layers.linear_transformer:LinearTransformer",
     "retnet": "seqzoo.layers.retnet:RetNet",
-    # long convolutions
+    # convolutions
     "hyena": "seqzoo.layers.hyena:Hyena",
+    "short_conv": "seqzoo.layers.short_conv:ShortConv",
     # channel mixers
     "mlp": "seqzoo.layers.mlp:MLP",
     "rwkv_channel": "seqzoo.layers.rwkv_channel:RWKVChannel",

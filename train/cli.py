@@ -35,6 +35,7 @@ COMMANDS = {
     "extrapolate": Command("measure a model beyond the length it was trained on", "extrapolate"),
     "export": Command("turn a checkpoint into a Hugging Face folder", "export"),
     "import": Command("turn published weights into a Hugging Face folder of seqzoo", "import_"),
+    "gates": Command("train tiny models that must, or must not, solve synthetic tasks", "gates"),
     "bench": Command("time a mixer against its own shorter runs", "bench"),
     "demo": Command("train two models that differ in one layer and compare them", "demo"),
 }
@@ -56,7 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: words after `seqzoo`; those of the process when None.
 
     Returns:
-        0 done, 2 something the user can mend (told in one line), 130 interrupted.
+        0 done, 1 a gate that does not hold, 2 something the user can mend (told in one line), 130
+        interrupted.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     show = "--traceback" in words
