@@ -15,7 +15,6 @@ import torch
 
 from seqzoo.train.cells import train_cell
 
-
 ROWS = 1024  # to test on, at each length
 WIDTH = 64
 
@@ -56,9 +55,7 @@ class Gate:
         """Whether it must reach its thresholds; it then stops as soon as it has."""
         return all(t.at_least for t in self.thresholds)
 
-    def cell(
-        self, *, seed: int = 0, steps: int | None = None, rows: int = ROWS
-    ) -> dict[str, Any]:
+    def cell(self, *, seed: int = 0, steps: int | None = None, rows: int = ROWS) -> dict[str, Any]:
         """The description for `train_cell`; `steps` instead of the gate's own budget."""
         stop = {t.length: t.share + (1 - t.share) / 4 for t in self.thresholds}
         settings = SUITES[self.suite]

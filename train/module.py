@@ -1,4 +1,6 @@
-"""What is trained: a language model or a classifier, as Lightning modules around the zoo's classes.
+"""What is trained, as Lightning modules around the zoo's classes.
+
+A language model, a classifier of sequences, or one of tokens, for synthetic tasks.
 
 Logged: `train/loss`, `train/tokens_per_second`, `train/aux_loss` where mixers add one, and their
 statistics by entry; `val/loss`, and `val/accuracy` or `val/bits_per_byte` (`val/bits_per_token`
@@ -19,12 +21,16 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from seqzoo.kernels.errors import check_positive
 from seqzoo.train.optim import build_optimizer, build_schedule, override, parameter_groups
+from seqzoo.train.tasks.answers import READOUTS, answers
 from seqzoo.train.tokenizer import BOS, EOS, PAD, VOCAB_SIZE
+from seqzoo.zoo.base import ZooOutput
 from seqzoo.zoo.config import DecoderSpec, ZooConfig
+from seqzoo.zoo.losses import IGNORED, with_auxiliary
 from seqzoo.zoo.model import ZooForCausalLM, ZooForSequenceClassification, ZooPreTrainedModel
 
 Batch = dict[str, Tensor]
-LINKED = ("vocab_size", "n_classes")  # what the data tell the model
+# What the data tell the model, and what it hears from data that do not know.
+LINKED: dict[str, Any] = {"vocab_size": 0, "n_classes": 0, "readout": ""}
 
 
 class Training(LightningModule):
@@ -114,15 +120,20 @@ class Training(LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The loss with its auxiliary parts."""
-        out = self.network(**batch, use_cache=False)
+        out = self.output(batch)
+        assert out.loss is not None
         self.log("train/loss", out.loss, prog_bar=True)
         if out.aux_loss is not None:
             self.log("train/aux_loss", out.aux_loss)
         scalars = {k: v for k, v in (out.stats or {}).items() if v.numel() == 1}
         self.log_dict({f"train/{name}": value.float() for name, value in scalars.items()})
         self._clock.tokens += batch["input_ids"].numel()
-        loss: Tensor = out.loss
-        return loss
+        return out.loss
+
+    def output(self, batch: Batch) -> ZooOutput:
+        """What the model makes of a batch, its `loss` included."""
+        out: ZooOutput = self.network(**batch, use_cache=False)
+        return out
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:  # noqa: ANN401
         """Tokens a second since the last time this was logged."""
@@ -266,6 +277,77 @@ class Classification(Training):
         inputs = {name: value for name, value in batch.items() if name != "labels"}
         logits: Tensor = self.network(**inputs).logits.float()
         return logits
+
+
+class TokenClassification(Training):
+    """Give the answers that are asked for at some tokens, as the synthetic tasks do.
+
+    A label belongs to its own position, unlike a language model's; -100 asks for nothing.
+
+    Args:
+        decoder: the residual stack.
+        readout: `token` reads each answer at its own position; `last` decodes all of them from the
+            last one (an autoencoder). The command line takes it from the data.
+        settings: those of `Training`.
+    """
+
+    def __init__(
+        self,
+        decoder: DecoderSpec,
+        *,
+        readout: str = "token",
+        **settings: Any,  # noqa: ANN401
+    ) -> None:
+        super().__init__(decoder, **settings)
+        if readout not in READOUTS:
+            raise ValueError(
+                f"readout={readout!r} is not allowed; it must be {' or '.join(READOUTS)}, which "
+                "data with an answer at each token say, as Synthetic does"
+            )
+        self.save_hyperparameters({"readout": readout})
+
+    def build(self) -> ZooPreTrainedModel:
+        """See `Training.build`."""
+        return READOUTS[self.hparams["readout"]](self.config())
+
+    def output(self, batch: Batch) -> ZooOutput:
+        """See `Training.output`."""
+        out, total, _, asked = answers(self.network, batch)
+        out.loss = with_auxiliary(total / asked.clamp(min=1), out.aux_loss, self.training)
+        return out
+
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """See `evaluate`."""
+        self.evaluate(batch, "val", dataloader_idx)
+
+    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """See `evaluate`."""
+        self.evaluate(batch, "test", dataloader_idx)
+
+    def evaluate(self, batch: Batch, stage: str, number: int = 0) -> None:
+        """Loss and share of right answers; `val/accuracy_at_256` at another length."""
+        _, total, right, asked = answers(self.network, batch)
+        suffix = f"_at_{batch['input_ids'].shape[1]}" if number else ""
+        count = int(asked)
+        figures = {"loss": total / max(count, 1), "accuracy": right / max(count, 1)}
+        self.log_dict(
+            {f"{stage}/{name}{suffix}": value for name, value in figures.items()},
+            batch_size=count,
+            prog_bar=True,
+            sync_dist=True,
+            add_dataloader_idx=False,
+        )
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, Any]]:
+        """Answers of every row by position, and whether they are right."""
+        said = self.network(input_ids=batch["input_ids"], use_cache=False).logits.argmax(-1)
+        rows = []
+        for ids, labels in zip(said, batch["labels"], strict=True):
+            asked = (labels != IGNORED).nonzero()[:, 0]
+            right = (ids == labels)[asked]
+            answer = dict(zip(map(str, asked.tolist()), ids[asked].tolist(), strict=True))
+            rows.append({"answers": answer, "right": int(right.sum()), "asked": len(asked)})
+        return rows
 
 
 class _Clock:

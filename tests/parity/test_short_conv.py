@@ -26,5 +26,5 @@ def test_equals_torchs_depthwise_convolution(taps, bias, activation):
 def test_wrong_options_are_refused_by_name():
     with pytest.raises(ValueError, match="d_conv=0 is not allowed"):
         create_mixer("short_conv", 6, d_conv=0)
-    with pytest.raises(ValueError, match="no activation of short_conv named 'relu'; nearest: silu; all: silu"):
+    with pytest.raises(ValueError, match=r"no activation of short_conv named 'relu'.*all: silu"):
         create_mixer("short_conv", 6, activation="relu")

@@ -12,7 +12,7 @@ import torch
 from seqzoo.train.data import Hub, Labelled, Stdlib, Text
 from seqzoo.train.data.documents import Document, split
 from seqzoo.train.data.loader import EpochLoader, Rows
-from seqzoo.train.tokenizer import EOS, decode_bytes
+from seqzoo.train.tokenizer import EOS, byte_tokenizer, decode_bytes
 
 
 class Numbers(Rows):
@@ -257,6 +257,13 @@ def test_changed_corpus_is_noticed_on_resume_but_not_on_validation(folder):
     data.trainer = Fit()
     with pytest.raises(ValueError, match=r"trained on other data.*digest"):
         data.load_state_dict(stored)
+
+
+def test_data_say_which_tokenizer_a_model_of_theirs_needs(folder, tmp_path):
+    byte_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    name = str(tmp_path / "tokenizer")
+    assert Text(str(folder), length=32, tokenizer=name).tokenizer_name == name
+    assert Text(str(folder), length=32).tokenizer_name is None
 
 
 @pytest.mark.parametrize("option", ["length", "batch_size", "num_workers"])

@@ -6,7 +6,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from torch import Tensor
 
 from seqzoo.train.checkpoint import SafeCheckpointIO
-from seqzoo.train.module import Classification, LanguageModelling, Training
+from seqzoo.train.module import (
+    Classification,
+    LanguageModelling,
+    TokenClassification,
+    Training,
+)
 from seqzoo.train.tokenizer import byte_tokenizer
 
 if TYPE_CHECKING:
@@ -15,7 +20,7 @@ if TYPE_CHECKING:
     from seqzoo.zoo.model import ZooPreTrainedModel
 
 TASKS: dict[str, type[Training]] = {
-    cls.__name__: cls for cls in (LanguageModelling, Classification)
+    cls.__name__: cls for cls in (LanguageModelling, Classification, TokenClassification)
 }
 
 
@@ -79,6 +84,9 @@ def load_model(path: str | Path) -> tuple["ZooPreTrainedModel", "PreTrainedToken
             raise ValueError(f"{path} is no exported model: it has no config.json")
         # from_pretrained leaves the model in evaluation mode.
         return ZooForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
-    tokenizer = read_checkpoint(path).tokenizer
+    stored = read_checkpoint(path)
+    if stored.task == TokenClassification.__name__:
+        raise ValueError(f"{path} answers a synthetic task: it has no text and no tokenizer")
+    tokenizer = stored.tokenizer
     loaded = byte_tokenizer() if tokenizer is None else AutoTokenizer.from_pretrained(tokenizer)
     return load_module(path).network, loaded

@@ -115,7 +115,7 @@ class Cli(LightningCLI):
         parser.set_defaults(
             {"model": {"class_path": "LanguageModelling"}, "data": {"class_path": "Stdlib"}}
         )
-        for name in ("vocab_size", "n_classes"):
+        for name in LINKED:
             parser.link_arguments(
                 "data",
                 f"model.init_args.{name}",
@@ -230,8 +230,8 @@ class Cli(LightningCLI):
 
 
 def _attribute(name: str) -> Callable[[Any], Any]:
-    """What the data tell the model; 0 where they do not have it."""
-    return lambda data: getattr(data, name, 0)
+    """What the data tell the model, or what stands for their silence."""
+    return lambda data: getattr(data, name, LINKED[name])
 
 
 def _list(value: Any) -> list[Any]:  # noqa: ANN401

@@ -62,6 +62,11 @@ class Tokens(LightningDataModule):
         return self.encoder.tokenizer
 
     @property
+    def tokenizer_name(self) -> str | None:
+        """Where the tokenizer comes from, to be stored with a model; None reads bytes."""
+        return self.encoder.name
+
+    @property
     def vocab_size(self) -> int:
         """Number of token ids."""
         return self.encoder.vocab_size
@@ -112,11 +117,11 @@ class Tokens(LightningDataModule):
             rank=rank,
         )
 
-    def val_dataloader(self) -> DataLoader[Batch]:
+    def val_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
         """The fixed validation samples."""
         return self._fixed("val")
 
-    def test_dataloader(self) -> DataLoader[Batch]:
+    def test_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
         """The fixed test samples."""
         return self._fixed("test")
 

@@ -317,7 +317,7 @@ class Compression(Task):
     @cached_property
     def floor(self) -> Floor:
         """A vector that holds no more than the commonest token."""
-        ids, labels = self.rows(Draws((self.name, "floor"), range(FLOOR_ROWS)), False)
+        ids, labels = self.floor_rows(range(FLOOR_ROWS))
         guess = commonest(ids[:, :-1], np.arange(self.vocab_size - 1))[:, -1:]
         share = float((labels[:, :-1] == guess).mean())
         return Floor(share, f"always the commonest token of the row (on {FLOOR_ROWS} rows)")

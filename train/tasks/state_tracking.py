@@ -142,7 +142,7 @@ class ModularArithmetic(StateTracking):
     @cached_property
     def floor(self) -> Floor:
         """Always the same number; a product hides what was before it, so 0 is a little common."""
-        _, labels = self.rows(Draws((self.name, "floor"), range(FLOOR_ROWS)), False)
+        _, labels = self.floor_rows(range(FLOOR_ROWS))
         counts = np.bincount(labels[labels != IGNORED], minlength=self.modulus)
         share = float(counts.max() / counts.sum())
         return Floor(share, f"always the commonest answer (on {FLOOR_ROWS} rows)")
