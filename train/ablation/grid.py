@@ -24,7 +24,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
+import yaml  # type: ignore[import-untyped]
 
 from seqzoo.kernels.errors import check_positive, unknown
 from seqzoo.layers import mixer_class
@@ -116,7 +116,7 @@ class Grid:
             if not getattr(self, name):
                 raise ValueError(f"{name} of the grid is empty; it needs at least one")
         if self.match not in MODES:
-            raise unknown("way to match named", self.match, MODES)
+            raise unknown("way to match", self.match, MODES)
         check_positive(tolerance=self.tolerance)
         for factor in self.factors:
             if factor not in FACTORS:
@@ -126,7 +126,7 @@ class Grid:
                 raise unknown("option of train", option, set(PER_TASK) - set(SET_BY_GRID))
         if self.target not in stack_of(self.decoder.get("pattern"), self.decoder.get("mixer")):
             names = stack_of(self.decoder.get("pattern"), self.decoder.get("mixer"))
-            raise unknown("entry to swap (target) named", self.target, names)
+            raise unknown("entry to swap (target)", self.target, names)
         twice = set(self.sweep_seeds) & set(self.final_seeds)
         if twice:
             raise ValueError(f"final_seeds {sorted(twice)} are not fresh: the sweep has them too")
@@ -146,7 +146,7 @@ class Grid:
         fields = {f.name: f for f in dataclasses.fields(cls)}
         for name in given:
             if name not in fields:
-                raise unknown("option of a grid named", name, fields)
+                raise unknown("option of a grid", name, fields)
         for name in ("name", "decoder", "target", "mixers", "tasks"):
             if name not in given:
                 raise ValueError(f"the grid has no {name}")

@@ -79,17 +79,16 @@ def match(
             return float("inf")
         return found / wanted - 1 if wanted else float(found != wanted)
 
-    candidates = _states(decoder) if mode == "state" else None
-    if candidates is None:
-        candidates = [{**decoder, "d_model": width} for width in _widths(base["d_model"])]
-    ranked = sorted(candidates, key=lambda stack: abs(off(stack)))
-    best = ranked[0]
-    if abs(off(best)) > tolerance and mode != "state":
+    best = _nearest(decoder, "d_state", off, STATES) if mode == "state" else None
+    if best is None:
+        widths = [{**decoder, "d_model": width} for width in _widths(base["d_model"])]
+        ranked = sorted(widths, key=lambda stack: abs(off(stack)))
+        best = ranked[0]
         for stack in ranked[:4]:
-            finer = _hidden(stack, off)
-            best = min(best, finer, key=lambda s: abs(off(s)))
-            if abs(off(best)) <= tolerance:
+            if abs(off(best)) <= tolerance or mode == "state":
                 break
+            finer = _nearest(stack, "hidden", off, 16 * stack["d_model"])
+            best = min(best, finer or best, key=lambda s: abs(off(s)))
     if abs(off(best)) > tolerance:
         raise ValueError(
             f"{label}: no width matches the baseline's {mode} within {tolerance:.0%}; the nearest, "
@@ -104,43 +103,25 @@ def _widths(d_model: int) -> Iterator[int]:
     yield from range(first, int(d_model * MOST) + 1, STEP)
 
 
-def _states(decoder: Mapping[str, Any]) -> list[dict[str, Any]] | None:
-    """The stack with every number of states, doubled and halved between; None without `d_state`."""
-    names = set(decoder["swap"].values())
-    known = {n: decoder["options"].get(n, {}).get("is", n) for n in names}
-    if not all("d_state" in mixer_info(mixer).options for mixer in known.values()):
+def _nearest(
+    stack: dict[str, Any], option: str, off: Callable[[Mapping[str, Any]], float], most: int
+) -> dict[str, Any] | None:
+    """The stack with `d_state` of swapped mixers, or `hidden` of others, where it is nearest.
+
+    By halving, since costs grow with both; None when there is nothing to turn.
+    """
+    swapped = set(stack["swap"].values())
+    names = swapped if option == "d_state" else set(stack["pattern"]) - swapped
+    given = {name: {"is": name, **stack["options"].get(name, {})} for name in sorted(names)}
+    turned = [n for n, own in given.items() if option in mixer_info(own["is"]).options]
+    if not turned or (option == "d_state" and len(turned) < len(given)):
         return None
-    made = []
-    for states in _spread(STATES):
-        options = {n: {"is": m, **decoder["options"].get(n, {}), "d_state": states}
-                   for n, m in known.items()}
-        made.append({**decoder, "options": {**decoder["options"], **options}})
-    return made
 
-
-def _spread(most: int) -> list[int]:
-    """Whole numbers to `most`, each at most a fiftieth above the one before where that is above 1."""
-    numbers = [1]
-    while numbers[-1] < most:
-        numbers.append(numbers[-1] + max(1, numbers[-1] // 50))
-    return numbers
-
-
-def _hidden(stack: dict[str, Any], off: Callable[[Mapping[str, Any]], float]) -> dict[str, Any]:
-    """The stack with the hidden width of its channel mixers that brings it nearest."""
-    spec = DecoderSpec.from_dict(stack)
-    entries = {e.name: e for e in spec.resolve() if "hidden" in mixer_info(e.mixer).options}
-    if not entries:
-        return stack
-
-    def at(hidden: int) -> dict[str, Any]:
-        options = {
-            name: {"is": e.mixer, **stack["options"].get(name, {}), "hidden": hidden}
-            for name, e in entries.items()
-        }
+    def at(number: int) -> dict[str, Any]:
+        options = {name: {**given[name], option: number} for name in turned}
         return {**stack, "options": {**stack["options"], **options}}
 
-    low, high = 1, 16 * spec.d_model  # costs grow with the hidden width
+    low, high = 1, most
     while low < high:
         middle = (low + high) // 2
         low, high = (low, middle) if off(at(middle)) >= 0 else (middle + 1, high)

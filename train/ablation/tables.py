@@ -41,7 +41,7 @@ COLUMNS = (
     "value",
     "note",
 )
-TIMINGS = ("key", "worker", "seconds", "train_seconds", "cpu_seconds", "tokens_per_second")
+TIMINGS = ("key", "worker", "seconds", "cpu_seconds", "tokens_per_second")
 Row = dict[str, Any]
 
 
@@ -75,7 +75,7 @@ def final_accuracy(record: Mapping[str, Any] | None, cell: Cell) -> float:
 
 
 def _cells(grid: Grid, study: Study) -> Iterator[tuple[str, Cell]]:
-    """Those of the sweep, then at every rate those of fresh seeds: only the best has any on disk."""
+    """The sweep's, then fresh seeds at every rate: only those of the best are on disk."""
     for stage, seeds in (("sweep", grid.sweep_seeds), ("final", grid.final_seeds)):
         for lr in grid.lrs:
             for seed in seeds:
@@ -151,9 +151,8 @@ def _clock(cell: Cell, record: Mapping[str, Any]) -> Row:
         "key": cell.key(),
         "worker": record["worker"],
         "seconds": f"{result['seconds']:.3f}",
-        "train_seconds": f"{result['train_seconds']:.3f}",
         "cpu_seconds": f"{result['cpu_seconds']:.3f}",
-        "tokens_per_second": f"{tokens / result['train_seconds']:.1f}",
+        "tokens_per_second": f"{tokens / result['seconds']:.1f}",
     }
 
 

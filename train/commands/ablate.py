@@ -33,7 +33,7 @@ def run(arguments: argparse.Namespace) -> None:
     workers = (os.cpu_count() or 1) if arguments.workers is None else arguments.workers
     check_positive(workers=workers)
     if arguments.backend not in BACKENDS:
-        raise unknown("backend of ablate named", arguments.backend, BACKENDS)
+        raise unknown("backend of ablate", arguments.backend, BACKENDS)
     grid = Grid.read(arguments.grid)
     if arguments.dry_run:
         studies = grid.studies()
