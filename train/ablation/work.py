@@ -1,0 +1,31 @@
+"""What a worker does with a cell: train it, or say why not."""
+
+import os
+from typing import Any
+
+import torch
+
+from seqzoo.train.cells import train_cell
+
+MEMORY = ("out of memory", "can't allocate memory", "DefaultCPUAllocator")
+
+
+def attempt(description: dict[str, Any]) -> dict[str, Any]:
+    """The record of a cell: `status` done with its `result`, or failed with a `reason`."""
+    try:
+        result = train_cell(description)
+    except Exception as error:
+        return failed(_reason(error))
+    return {"status": "done", "reason": "", "worker": os.getpid(), "result": result}
+
+
+def failed(reason: str) -> dict[str, Any]:
+    """The record of a cell that came to nothing."""
+    return {"status": "failed", "reason": reason, "worker": os.getpid(), "result": None}
+
+
+def _reason(error: Exception) -> str:
+    words = " ".join(str(error).split())
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or any(m in words for m in MEMORY):
+        return "out of memory"
+    return (words if isinstance(error, ValueError) else f"{type(error).__name__}: {words}")[:300]
