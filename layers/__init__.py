@@ -52,7 +52,6 @@ CATALOGUE: dict[str, str] = {
     "rebased": "seqzoo.layers.rebased:ReBased",
     "retnet": "seqzoo.layers.retnet:RetNet",
     "ttt_linear": "seqzoo.layers.ttt_linear:TTTLinear",
-    # long convolutions
     # convolutions
     "hyena": "seqzoo.layers.hyena:Hyena",
     "short_conv": "seqzoo.layers.short_conv:ShortConv",
