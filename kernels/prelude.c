@@ -16,7 +16,11 @@ typedef REAL quarter __attribute__((vector_size(16)));
 
 #define LANES (64 / (i64)sizeof(REAL))
 #define INLINE static inline __attribute__((always_inline, unused))
+#ifdef __clang__
 #define ONCE static __attribute__((noinline, unused)) /* copies would cost time to compile */
+#else
+#define ONCE static __attribute__((noinline, noclone, unused))
+#endif
 
 #ifdef __AVX512F__
 #define WIDE 4 /* vectors: 4 x 4 of them in 32 registers */
@@ -58,25 +62,28 @@ INLINE REAL across(v x)
     return sum;
 }
 
-/* e^x within one unit in the last place, also where that is below the smallest normal number; 0 for
- * -inf, and not a number stays so. e^x = 2^n e^r, |r| <= ln(2) / 2: n is rounded by a large constant
- * (no -ffast-math, which would undo that), e^r is Taylor's polynomial, 2^n comes in two halves. */
+/* e^x of n numbers, of whole vectors: within one unit in the last place, also where that is below
+ * the smallest normal number; 0 for -inf, and not a number stays so. It is 2^n e^r, |r| <= ln(2) / 2:
+ * n is rounded by a large constant (no -ffast-math, which would undo that), e^r is Taylor's
+ * polynomial, 2^n comes in two halves. */
 #define SMALL (sizeof(REAL) == 4)
-INLINE v exponential(v x)
+ONCE void exponentials(const REAL *from, REAL *to, i64 n)
 {
     static const REAL factors[] = {1, 1, 1 / 2., 1 / 6., 1 / 24., 1 / 120., 1 / 720., 1 / 5040.,
         1 / 40320., 1 / 362880., 1 / 3628800., 1 / 39916800., 1 / 479001600.};
-    const v round = (v){0} + (REAL)(SMALL ? 0x1.8p23 : 0x1.8p52), low = (v){0} - (SMALL ? 110 : 760);
-    const v high = (v){0} + (SMALL ? 90 : 710);
-    x = choose(x < low, low, choose(x > high, high, x));
-    v shifted = x * (REAL)1.4426950408889634 + round, n = shifted - round;
-    v r = x - n * (REAL)0x1.62e4p-1, p;
-    r -= n * (REAL)0x1.7f7d1cf79abcap-20;
-    p = (v){0} + factors[SMALL ? 7 : 12];
-    for (int i = SMALL ? 6 : 11; i >= 0; i--) p = p * r + factors[i];
-    vi power = (vi)shifted - (vi)round, first = power >> 1, second = power - first;
+    const v round = (v){0} + (REAL)(SMALL ? 0x1.8p23 : 0x1.8p52);
+    const v low = (v){0} - (SMALL ? 110 : 760), high = (v){0} + (SMALL ? 90 : 710);
     const int bias = SMALL ? 127 : 1023, place = SMALL ? 23 : 52;
-    return p * (v)((first + bias) << place) * (v)((second + bias) << place);
+    for (i64 at = 0; at < n; at += LANES) {
+        v x = load(from + at);
+        x = choose(x < low, low, choose(x > high, high, x));
+        v shifted = x * (REAL)1.4426950408889634 + round, whole = shifted - round;
+        v r = x - whole * (REAL)0x1.62e4p-1, p = (v){0} + factors[SMALL ? 7 : 12];
+        r -= whole * (REAL)0x1.7f7d1cf79abcap-20;
+        for (int i = SMALL ? 6 : 11; i >= 0; i--) p = p * r + factors[i];
+        vi power = (vi)shifted - (vi)round, first = power >> 1, second = power - first;
+        store(p * (v)((first + bias) << place) * (v)((second + bias) << place), to + at);
+    }
 }
 
 /* Rows of n numbers; with columns beyond n up to `zeros` made zero. */

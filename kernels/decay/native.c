@@ -25,10 +25,10 @@ typedef struct {
     REAL *states, *turned_S, *turned_dS; /* heads x K x V; V x K */
 } scratch;
 
-static i64 padded(i64 n, i64 to) { return (n + to - 1) / to * to; }
+ONCE i64 padded(i64 n, i64 to) { return (n + to - 1) / to * to; }
 
 /* Divides `from` up; returns how many numbers that takes. */
-static i64 divide(scratch *s, REAL *from, i64 K, i64 V, i64 heads)
+ONCE i64 divide(scratch *s, REAL *from, i64 K, i64 V, i64 heads)
 {
     i64 used = 0, k = s->K = padded(K, LANES), v = s->V = padded(V, LANES);
     struct { REAL **part; i64 numbers; } parts[] = {
@@ -52,54 +52,54 @@ void decay_room(i64 *numbers, i64 K, i64 V, i64 heads)
     *numbers = divide(&s, 0, K, V, heads);
 }
 
-INLINE void fill(REAL *to, i64 n, REAL x)
+ONCE void fill(REAL *to, i64 n, REAL x)
 {
     for (i64 i = 0; i < n; i += LANES) store((v){0} + x, to + i);
 }
 
 /* n tokens, then zeros up to m of them and up to `width` columns. */
-static void read_tokens(const REAL *from, i64 row, i64 n, i64 columns, REAL *to, i64 m, i64 width)
+ONCE void read_tokens(const REAL *from, i64 row, i64 n, i64 columns, REAL *to, i64 m, i64 width)
 {
     copy(n, columns, width, from, row, to, width);
     fill(to + n * width, (m - n) * width, 0);
 }
 
 /* A = X Y^T in the blocks that hold the diagonal or lie below it; y is Y^T. */
-static void lower(i64 m, i64 depth, const REAL *x, i64 row, const REAL *y, REAL *A)
+ONCE void lower(i64 m, i64 depth, const REAL *x, i64 row, const REAL *y, REAL *A)
 {
     for (i64 i = 0; i < m; i += BLOCK)
         product(BLOCK, i + BLOCK, depth, x + i * row, row, 1, y, CHUNK, A + i * CHUNK, CHUNK, 0);
 }
 
 /* out (+)= A x, and A^T x, of such an A; x has rows of `width`. */
-static void lower_times(i64 m, const REAL *A, const REAL *x, REAL *out, i64 width, int add)
+ONCE void lower_times(i64 m, const REAL *A, const REAL *x, REAL *out, i64 width, int add)
 {
     for (i64 i = 0; i < m; i += BLOCK)
         product(BLOCK, width, i + BLOCK, A + i * CHUNK, CHUNK, 1, x, width, out + i * width, width,
                 add);
 }
 
-static void upper_times(i64 m, const REAL *A, const REAL *x, REAL *out, i64 width, int add)
+ONCE void upper_times(i64 m, const REAL *A, const REAL *x, REAL *out, i64 width, int add)
 {
     for (i64 j = 0; j < m; j += BLOCK)
         product(BLOCK, width, m - j, A + j * CHUNK + j, 1, CHUNK, x + j * width, width,
                 out + j * width, width, add);
 }
 
-INLINE void times(const REAL *x, const REAL *y, REAL *to, i64 n)
+ONCE void times(const REAL *x, const REAL *y, REAL *to, i64 n)
 {
     for (i64 i = 0; i < n; i += LANES) store(load(x + i) * load(y + i), to + i);
 }
 
 /* Rows of x, each by one factor (K of them). */
-INLINE void times_row(const REAL *factor, REAL *x, i64 rows, i64 K)
+ONCE void times_row(const REAL *factor, REAL *x, i64 rows, i64 K)
 {
     for (i64 i = 0; i < rows; i++) times(x + i * K, factor, x + i * K, K);
 }
 
 /* From d, the gradient of rows qs = q * since, to those of q and of the log decays: since_i sums
  * those of the first row to row i. `all` reaches every one of them. */
-static void spread_since(i64 rows, i64 K, const REAL *d, const REAL *qs, const REAL *since,
+ONCE void spread_since(i64 rows, i64 K, const REAL *d, const REAL *qs, const REAL *since,
                          const REAL *all, REAL *dq, REAL *dg)
 {
     for (i64 c = 0; c < K; c += LANES) {
@@ -114,7 +114,7 @@ static void spread_since(i64 rows, i64 K, const REAL *d, const REAL *qs, const R
 }
 
 /* The same for ks = k * until: until_j sums those of row j + 1 to the last. */
-static void spread_until(i64 rows, i64 K, const REAL *d, const REAL *ks, const REAL *until, REAL *dk,
+ONCE void spread_until(i64 rows, i64 K, const REAL *d, const REAL *ks, const REAL *until, REAL *dk,
                          REAL *dg)
 {
     for (i64 c = 0; c < K; c += LANES) {
@@ -137,23 +137,26 @@ INLINE vi counted(void)
 }
 
 /* A decay per head, g (m of them): A = P * decay from j to i. */
-static void head_weights(scratch *s, const REAL *g)
+ONCE void head_weights(scratch *s, const REAL *g)
 {
     const vi lane = counted();
+    const v none = (v){0} - (REAL)__builtin_inf();
     REAL sum = 0, G[CHUNK];
     v sums[CHUNK / LANES] = {{0}};
     for (i64 i = 0; i < s->m; i++) {
+        REAL *row = s->between + i * CHUNK;
+        i64 end = i / BLOCK * BLOCK + BLOCK;
         G[i] = sum += g[i];
-        for (i64 j = 0; j < i / BLOCK * BLOCK + BLOCK; j += LANES) {
+        for (i64 j = 0; j < end; j += LANES) {
             vi place = lane + (whole)j;
             v *x = sums + j / LANES;
             *x = choose(place < (whole)i, *x + g[i], (v){0});
-            v decay = choose(place <= (whole)i, exponential(*x), (v){0});
-            store(decay, s->between + i * CHUNK + j);
-            store(decay * load(s->P + i * CHUNK + j), s->A + i * CHUNK + j);
+            store(choose(place <= (whole)i, *x, none), row + j);
         }
+        exponentials(row, row, end);
+        times(row, s->P + i * CHUNK, s->A + i * CHUNK, end);
     }
-    for (i64 i = 0; i < s->m; i += LANES) store(exponential(load(G + i)), G + i);
+    exponentials(G, G, s->m);
     for (i64 i = 0; i < s->m; i++) {
         fill(s->since + i * s->K, s->K, G[i]);
         fill(s->until + i * s->K, s->K, s->between[(s->m - 1) * CHUNK + i]);
@@ -162,7 +165,7 @@ static void head_weights(scratch *s, const REAL *g)
 }
 
 /* From dA: the gradient of P is added to dP, that of the log decays to the first column of dg. */
-static void head_weights_back(scratch *s)
+ONCE void head_weights_back(scratch *s)
 {
     const vi lane = counted();
     v sums[CHUNK / LANES] = {{0}};
@@ -179,8 +182,24 @@ static void head_weights_back(scratch *s)
     }
 }
 
+/* Of the leaf that stands at `from`: the decay since its first token's, that until its end, and the
+ * sum of the logarithms. */
+ONCE void leaf_decays(scratch *s, i64 from)
+{
+    for (i64 c = from, K = s->K; c < from + K; c += LANES) {
+        v since = (v){0} + 1, until = since, sum = {0};
+#pragma GCC unroll 1
+        for (i64 at = c, back = c + (LEAF - 1) * K; at < c + LEAF * K; at += K, back -= K) {
+            since *= load(s->decay + at), sum += load(s->g + at);
+            store(since, s->since + at), store(until, s->until + back);
+            until *= load(s->decay + back);
+        }
+        store(sum, s->sums + c);
+    }
+}
+
 /* The pairs inside a leaf; A stands at its diagonal. */
-static void leaf_weights(i64 K, const REAL *q, const REAL *k, const REAL *decay, REAL *A)
+ONCE void leaf_weights(i64 K, const REAL *q, const REAL *k, const REAL *decay, REAL *A)
 {
     v sums[LEAF][LEAF] = {{{0}}};
     for (i64 c = 0; c < K; c += LANES)
@@ -195,7 +214,7 @@ static void leaf_weights(i64 K, const REAL *q, const REAL *k, const REAL *decay,
         for (i64 j = 0; j < LEAF; j++) A[i * CHUNK + j] = j <= i ? across(sums[i][j]) : 0;
 }
 
-static void leaf_weights_back(i64 K, const REAL *q, const REAL *k, const REAL *decay, const REAL *dA,
+ONCE void leaf_weights_back(i64 K, const REAL *q, const REAL *k, const REAL *decay, const REAL *dA,
                               REAL *dq, REAL *dk, REAL *dg)
 {
     for (i64 c = 0; c < K; c += LANES) {
@@ -224,25 +243,12 @@ static void leaf_weights_back(i64 K, const REAL *q, const REAL *k, const REAL *d
 }
 
 /* A decay per channel, g (m x K): A, and from dA gradients of q, k and g where `back` says so. */
-static void channel_weights(scratch *s, int back)
+ONCE void channel_weights(scratch *s, int back)
 {
     i64 K = s->K, m = s->m;
     REAL *turned = s->turned, *sums = s->sums;
-    for (i64 i = 0; i < m * K; i += LANES) store(exponential(load(s->g + i)), s->decay + i);
-    for (i64 b = 0; b < m; b += LEAF)
-        for (i64 c = 0; c < K; c += LANES) {
-            v run = (v){0} + 1, sum = {0};
-            for (i64 i = b; i < b + LEAF; i++) {
-                run *= load(s->decay + i * K + c), sum += load(s->g + i * K + c);
-                store(run, s->since + i * K + c);
-            }
-            store(sum, sums + b * K + c);
-            run = (v){0} + 1;
-            for (i64 i = b + LEAF - 1; i >= b; i--) {
-                store(run, s->until + i * K + c);
-                run *= load(s->decay + i * K + c);
-            }
-        }
+    exponentials(s->g, s->decay, m * K);
+    for (i64 b = 0; b < m; b += LEAF) leaf_decays(s, b * K);
     for (i64 h = LEAF; h < m; h *= 2)
         for (i64 b = 0; b + h < m; b += 2 * h) { /* tokens from b meet those from `at` */
             i64 at = b + h, rows = smaller(h, m - at), left = b * K, right = at * K;
@@ -259,15 +265,14 @@ static void channel_weights(scratch *s, int back)
                 product(h, K, rows, d, 1, CHUNK, s->qs + right, K, s->d, K, 0);
                 spread_until(h, K, s->d, s->ks + left, s->until + left, s->dk + left, s->dg + left);
             }
-            for (i64 c = 0; c < K; c += LANES) {
-                v x = load(sums + left + c), y = load(sums + right + c);
-                store(exponential(x), s->total + c), store(exponential(y), s->dtotal + c);
-                store(x + y, sums + left + c);
-            }
+            exponentials(sums + left, s->total, K);
             times_row(s->total, s->since + right, rows, K);
-            times_row(s->dtotal, s->until + left, h, K);
+            exponentials(sums + right, s->total, K);
+            times_row(s->total, s->until + left, h, K);
+            for (i64 c = 0; c < K; c += LANES)
+                store(load(sums + left + c) + load(sums + right + c), sums + left + c);
         }
-    for (i64 c = 0; c < K; c += LANES) store(exponential(load(sums + c)), s->total + c);
+    exponentials(sums, s->total, K);
     for (i64 b = 0; b < m; b += LEAF) {
         const REAL *q = s->q + b * K, *k = s->k + b * K, *decay = s->decay + b * K;
         i64 at = b * CHUNK + b;
@@ -284,7 +289,7 @@ typedef struct {
 } sizes;
 
 /* Queries, keys and P of a chunk of n tokens. */
-static void read_keys(scratch *s, const sizes *z, const REAL *q, const REAL *k, i64 n)
+ONCE void read_keys(scratch *s, const sizes *z, const REAL *q, const REAL *k, i64 n)
 {
     s->m = padded(n, BLOCK);
     read_tokens(q, z->key_row, n, z->K, s->q, s->m, s->K);
@@ -295,7 +300,7 @@ static void read_keys(scratch *s, const sizes *z, const REAL *q, const REAL *k, 
 }
 
 /* A and decayed queries and keys of one head; and from dA gradients where `back` says so. */
-static void weigh(scratch *s, const sizes *z, const REAL *g, i64 n, int back)
+ONCE void weigh(scratch *s, const sizes *z, const REAL *g, i64 n, int back)
 {
     if (z->channels) {
         read_tokens(g, z->decay_row, n, z->K, s->g, s->m, s->K);
@@ -313,13 +318,13 @@ static void weigh(scratch *s, const sizes *z, const REAL *g, i64 n, int back)
 }
 
 /* x (K x V) *= factor of its row. */
-static void shrink(REAL *x, const REAL *factor, i64 K, i64 V)
+ONCE void shrink(REAL *x, const REAL *factor, i64 K, i64 V)
 {
     for (i64 k = 0; k < K; k++)
         for (i64 j = 0; j < V; j += LANES) store(factor[k] * load(x + k * V + j), x + k * V + j);
 }
 
-static void forward_task(scratch *s, const sizes *z, const REAL *q, const REAL *k,
+ONCE void forward_task(scratch *s, const sizes *z, const REAL *q, const REAL *k,
                          const REAL *values, const REAL *g, const REAL *start, REAL *o, REAL *states, i64 step)
 {
     i64 K = s->K, V = s->V, state = z->K * z->V, decays = z->channels ? z->K : 1;
@@ -348,7 +353,7 @@ static void forward_task(scratch *s, const sizes *z, const REAL *q, const REAL *
     }
 }
 
-static void backward_task(scratch *s, const sizes *z, const REAL *q, const REAL *k,
+ONCE void backward_task(scratch *s, const sizes *z, const REAL *q, const REAL *k,
                           const REAL *values, const REAL *g, const REAL *states, const REAL *o, const REAL *dstate,
                           REAL *dq, REAL *dk, REAL *dv, REAL *dg, REAL *dstart, i64 step)
 {
