@@ -9,11 +9,15 @@
  * them as in chunked.py, (q_i since the border) . (k_j until the border), and the pairs inside a
  * leaf are taken one by one. No exponent is above zero and none is a difference: factors of up to
  * LEAF tokens are products of decays, longer ones exponentials of sums, so that rounding does not
- * pile up in one direction. The gradient of a log decay is a sum over the exponents it is part of. */
+ * pile up in one direction. Decays of spans are kept 2^LIFT times too large, and so is A: below the
+ * smallest normal number a processor takes a hundred times as long. The gradient of a log decay is a sum over the exponents it is part of. */
 
 #define CHUNK 64
 #define BLOCK 16
 #define LEAF 8
+#define LIFT 32
+#define DROP ((REAL)0x1p-32)
+#define LEAST (SMALL ? (REAL)0x1p-118 : (REAL)0x1p-1000) /* of a lifted decay */
 
 /* Scratch of a task: matrices of CHUNK rows, and the states of the heads. */
 typedef struct {
@@ -72,14 +76,16 @@ ONCE void lower(i64 m, i64 depth, const REAL *x, i64 row, const REAL *y, REAL *A
 }
 
 /* out (+)= A x, and A^T x, of such an A; x has rows of `width`. */
-ONCE void lower_times(i64 m, const REAL *A, const REAL *x, REAL *out, i64 width, int add)
+ONCE void lower_times(i64 m, const REAL *A, const REAL *x, REAL *out, i64 width,
+                      REAL add)
 {
     for (i64 i = 0; i < m; i += BLOCK)
         product(BLOCK, width, i + BLOCK, A + i * CHUNK, CHUNK, 1, x, width, out + i * width, width,
                 add);
 }
 
-ONCE void upper_times(i64 m, const REAL *A, const REAL *x, REAL *out, i64 width, int add)
+ONCE void upper_times(i64 m, const REAL *A, const REAL *x, REAL *out, i64 width,
+                      REAL add)
 {
     for (i64 j = 0; j < m; j += BLOCK)
         product(BLOCK, width, m - j, A + j * CHUNK + j, 1, CHUNK, x + j * width, width,
@@ -91,21 +97,25 @@ ONCE void times(const REAL *x, const REAL *y, REAL *to, i64 n)
     for (i64 i = 0; i < n; i += LANES) store(load(x + i) * load(y + i), to + i);
 }
 
-/* Rows of x, each by one factor (K of them). */
-ONCE void times_row(const REAL *factor, REAL *x, i64 rows, i64 K)
+INLINE v or_none(v x) { return choose(x < LEAST, (v){0}, x); }
+
+/* Decays of as many spans, which grow by one of another decay. */
+ONCE void lengthen(const REAL *decay, REAL *spans, i64 rows, i64 K)
 {
-    for (i64 i = 0; i < rows; i++) times(x + i * K, factor, x + i * K, K);
+    for (i64 i = 0; i < rows; i++, spans += K)
+        for (i64 c = 0; c < K; c += LANES)
+            store(or_none(load(spans + c) * load(decay + c)), spans + c);
 }
 
 /* From d, the gradient of rows qs = q * since, to those of q and of the log decays: since_i sums
- * those of the first row to row i. `all` reaches every one of them. */
+ * those of the first row to row i. `all` reaches every one of them. What is lifted is `drop`ped. */
 ONCE void spread_since(i64 rows, i64 K, const REAL *d, const REAL *qs, const REAL *since,
-                         const REAL *all, REAL *dq, REAL *dg)
+                         const REAL *all, REAL *dq, REAL *dg, REAL drop)
 {
     for (i64 c = 0; c < K; c += LANES) {
         v sum = all ? load(all + c) : (v){0};
         for (i64 at = (rows - 1) * K + c; at >= 0; at -= K) {
-            v x = load(d + at);
+            v x = drop * load(d + at);
             sum += x * load(qs + at);
             store(load(dg + at) + sum, dg + at);
             store(load(dq + at) + x * load(since + at), dq + at);
@@ -115,12 +125,12 @@ ONCE void spread_since(i64 rows, i64 K, const REAL *d, const REAL *qs, const REA
 
 /* The same for ks = k * until: until_j sums those of row j + 1 to the last. */
 ONCE void spread_until(i64 rows, i64 K, const REAL *d, const REAL *ks, const REAL *until, REAL *dk,
-                         REAL *dg)
+                         REAL *dg, REAL drop)
 {
     for (i64 c = 0; c < K; c += LANES) {
         v sum = {0};
         for (i64 at = c; at < rows * K; at += K) {
-            v x = load(d + at);
+            v x = drop * load(d + at);
             store(load(dg + at) + sum, dg + at);
             sum += x * load(ks + at);
             store(load(dk + at) + x * load(until + at), dk + at);
@@ -153,15 +163,16 @@ ONCE void head_weights(scratch *s, const REAL *g)
             *x = choose(place < (whole)i, *x + g[i], (v){0});
             store(choose(place <= (whole)i, *x, none), row + j);
         }
-        exponentials(row, row, end);
+        exponentials(row, row, end, LIFT);
         times(row, s->P + i * CHUNK, s->A + i * CHUNK, end);
     }
-    exponentials(G, G, s->m);
+    fill(s->total, s->K, sum);
+    exponentials(s->total, s->total, s->K, 0);
+    exponentials(G, G, s->m, LIFT);
     for (i64 i = 0; i < s->m; i++) {
         fill(s->since + i * s->K, s->K, G[i]);
         fill(s->until + i * s->K, s->K, s->between[(s->m - 1) * CHUNK + i]);
     }
-    fill(s->total, s->K, G[s->m - 1]);
 }
 
 /* From dA: the gradient of P is added to dP, that of the log decays to the first column of dg. */
@@ -178,7 +189,7 @@ ONCE void head_weights_back(scratch *s)
             *x += d * load(s->A + at);
             sum += choose(lane + (whole)j < (whole)i, *x, (v){0});
         }
-        s->dg[i * s->K] += across(sum);
+        s->dg[i * s->K] += DROP * across(sum);
     }
 }
 
@@ -187,12 +198,12 @@ ONCE void head_weights_back(scratch *s)
 ONCE void leaf_decays(scratch *s, i64 from)
 {
     for (i64 c = from, K = s->K; c < from + K; c += LANES) {
-        v since = (v){0} + 1, until = since, sum = {0};
+        v since = (v){0} + 1 / DROP, until = since, sum = {0};
 #pragma GCC unroll 1
         for (i64 at = c, back = c + (LEAF - 1) * K; at < c + LEAF * K; at += K, back -= K) {
-            since *= load(s->decay + at), sum += load(s->g + at);
+            since = or_none(since * load(s->decay + at)), sum += load(s->g + at);
             store(since, s->since + at), store(until, s->until + back);
-            until *= load(s->decay + back);
+            until = or_none(until * load(s->decay + back));
         }
         store(sum, s->sums + c);
     }
@@ -204,7 +215,7 @@ ONCE void leaf_weights(i64 K, const REAL *q, const REAL *k, const REAL *decay, R
     v sums[LEAF][LEAF] = {{{0}}};
     for (i64 c = 0; c < K; c += LANES)
         for (i64 j = 0; j < LEAF; j++) {
-            v x = load(k + j * K + c);
+            v x = load(k + j * K + c) * (1 / DROP);
             for (i64 i = j; i < LEAF; i++) {
                 if (i > j) x *= load(decay + i * K + c);
                 sums[i][j] += load(q + i * K + c) * x;
@@ -221,7 +232,7 @@ ONCE void leaf_weights_back(i64 K, const REAL *q, const REAL *k, const REAL *dec
         v to_q[LEAF] = {{0}}, to_g[LEAF] = {{0}}, x[LEAF];
         for (i64 j = 0; j < LEAF; j++) {
             v sum = {0};
-            x[j] = load(k + j * K + c);
+            x[j] = load(k + j * K + c) * (1 / DROP);
             for (i64 i = j + 1; i < LEAF; i++) x[i] = x[i - 1] * load(decay + i * K + c);
             for (i64 i = LEAF - 1; i > j; i--) {
                 REAL d = dA[i * CHUNK + j];
@@ -236,8 +247,8 @@ ONCE void leaf_weights_back(i64 K, const REAL *q, const REAL *k, const REAL *dec
             store(load(dk + j * K + c) + sum, dk + j * K + c);
         }
         for (i64 i = 0; i < LEAF; i++) {
-            store(load(dq + i * K + c) + to_q[i], dq + i * K + c);
-            store(load(dg + i * K + c) + to_g[i], dg + i * K + c);
+            store(load(dq + i * K + c) + DROP * to_q[i], dq + i * K + c);
+            store(load(dg + i * K + c) + DROP * to_g[i], dg + i * K + c);
         }
     }
 }
@@ -247,7 +258,7 @@ ONCE void channel_weights(scratch *s, int back)
 {
     i64 K = s->K, m = s->m;
     REAL *turned = s->turned, *sums = s->sums;
-    exponentials(s->g, s->decay, m * K);
+    exponentials(s->g, s->decay, m * K, 0);
     for (i64 b = 0; b < m; b += LEAF) leaf_decays(s, b * K);
     for (i64 h = LEAF; h < m; h *= 2)
         for (i64 b = 0; b + h < m; b += 2 * h) { /* tokens from b meet those from `at` */
@@ -256,23 +267,25 @@ ONCE void channel_weights(scratch *s, int back)
             times(s->q + right, s->since + right, s->qs + right, rows * K);
             times(s->k + left, s->until + left, s->ks + left, h * K);
             transpose(h, K, s->ks + left, K, turned, CHUNK);
-            product(rows, padded(h, LANES), K, s->qs + right, K, 1, turned, CHUNK, corner, CHUNK, 0);
+            product(rows, padded(h, LANES), K, s->qs + right, K, 1, turned, CHUNK, corner, CHUNK,
+                    DROP);
             if (back) {
                 const REAL *d = s->dA + at * CHUNK + b;
                 product(rows, K, h, d, CHUNK, 1, s->ks + left, K, s->d, K, 0);
                 spread_since(rows, K, s->d, s->qs + right, s->since + right, 0, s->dq + right,
-                             s->dg + right);
+                             s->dg + right, DROP * DROP);
                 product(h, K, rows, d, 1, CHUNK, s->qs + right, K, s->d, K, 0);
-                spread_until(h, K, s->d, s->ks + left, s->until + left, s->dk + left, s->dg + left);
+                spread_until(h, K, s->d, s->ks + left, s->until + left, s->dk + left, s->dg + left,
+                             DROP * DROP);
             }
-            exponentials(sums + left, s->total, K);
-            times_row(s->total, s->since + right, rows, K);
-            exponentials(sums + right, s->total, K);
-            times_row(s->total, s->until + left, h, K);
+            exponentials(sums + left, s->total, K, 0);
+            lengthen(s->total, s->since + right, rows, K);
+            exponentials(sums + right, s->total, K, 0);
+            lengthen(s->total, s->until + left, h, K);
             for (i64 c = 0; c < K; c += LANES)
                 store(load(sums + left + c) + load(sums + right + c), sums + left + c);
         }
-    exponentials(sums, s->total, K);
+    exponentials(sums, s->total, K, 0);
     for (i64 b = 0; b < m; b += LEAF) {
         const REAL *q = s->q + b * K, *k = s->k + b * K, *decay = s->decay + b * K;
         i64 at = b * CHUNK + b;
@@ -343,11 +356,12 @@ ONCE void forward_task(scratch *s, const sizes *z, const REAL *q, const REAL *k,
             i64 at = t * z->value_row + r * z->V;
             read_tokens(values + at, z->value_row, n, z->V, s->v, s->m, V);
             weigh(s, z, g + t * z->decay_row + r * decays, n, 0);
-            product(s->m, V, K, s->qs, K, 1, S, V, s->o, V, 0);
-            lower_times(s->m, s->A, s->v, s->o, V, 1);
+            fill(s->o, s->m * V, 0);
+            product(s->m, V, K, s->qs, K, 1, S, V, s->o, V, DROP);
+            lower_times(s->m, s->A, s->v, s->o, V, DROP);
             copy(n, z->V, z->V, s->o, V, o + at, z->value_row);
             shrink(S, s->total, K, V);
-            product(K, V, s->m, s->ks, 1, K, s->v, V, S, V, 1);
+            product(K, V, s->m, s->ks, 1, K, s->v, V, S, V, DROP);
             copy(z->K, z->V, z->V, S, V, states + r * state, z->V);
         }
     }
@@ -377,8 +391,9 @@ ONCE void backward_task(scratch *s, const sizes *z, const REAL *q, const REAL *k
             lower(m, V, s->o, V, s->turned, s->dA);
             fill(s->dg, m * K, 0);
             weigh(s, z, g + to, n, 1);
-            upper_times(m, s->A, s->o, s->dv, V, 0);
-            product(m, V, K, s->ks, K, 1, dS, V, s->dv, V, 1);
+            fill(s->dv, m * V, 0);
+            upper_times(m, s->A, s->o, s->dv, V, DROP);
+            product(m, V, K, s->ks, K, 1, dS, V, s->dv, V, DROP);
             copy(n, z->V, z->V, s->dv, V, dv + at, z->value_row);
             transpose(z->K, z->V, states + t / CHUNK * step + r * state, z->V, s->turned_S, K);
             transpose(K, V, dS, V, s->turned_dS, K);
@@ -388,11 +403,11 @@ ONCE void backward_task(scratch *s, const sizes *z, const REAL *q, const REAL *k
                 store(sum * load(s->total + c), s->dtotal + c);
             }
             product(m, K, V, s->o, V, 1, s->turned_S, K, s->d, K, 0);
-            spread_since(m, K, s->d, s->qs, s->since, s->dtotal, s->dq, s->dg);
+            spread_since(m, K, s->d, s->qs, s->since, s->dtotal, s->dq, s->dg, DROP);
             product(m, K, V, s->v, V, 1, s->turned_dS, K, s->d, K, 0);
-            spread_until(m, K, s->d, s->ks, s->until, s->dk, s->dg);
+            spread_until(m, K, s->d, s->ks, s->until, s->dk, s->dg, DROP);
             shrink(dS, s->total, K, V);
-            product(K, V, m, s->qs, 1, K, s->o, V, dS, V, 1);
+            product(K, V, m, s->qs, 1, K, s->o, V, dS, V, DROP);
             if (z->channels) copy(n, z->K, z->K, s->dg, K, dg + to, z->decay_row);
             for (i64 i = 0; i < n && !z->channels; i++) {
                 v sum = {0};
@@ -401,8 +416,8 @@ ONCE void backward_task(scratch *s, const sizes *z, const REAL *q, const REAL *k
             }
         }
         if (!z->channels) {
-            lower_times(m, s->dP, s->k, s->dq, K, 1);
-            upper_times(m, s->dP, s->q, s->dk, K, 1);
+            lower_times(m, s->dP, s->k, s->dq, K, DROP);
+            upper_times(m, s->dP, s->q, s->dk, K, DROP);
         }
         copy(n, z->K, z->K, s->dq, K, dq + keys, z->key_row);
         copy(n, z->K, z->K, s->dk, K, dk + keys, z->key_row);
