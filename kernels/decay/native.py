@@ -37,7 +37,7 @@ def backward(
     given = _wide(states.dtype, q, k, v, g, states, do, dstate)
     library, room, sizes = _prepared(q, v, g, states.dtype)
     parts = -(-sizes[3] // sizes[-2])
-    dq, dk = given[0].new_empty(2, parts, *q.shape).unbind()
+    dq, dk = (x.new_empty(parts, *q.shape) for x in given[:2])
     dv, dg, dstart = (torch.empty_like(given[i]) for i in (2, 3, 6))
     call(library, "decay_backward", *given, dq, dk, dv, dg, dstart, room, *sizes)
     dq, dk = (x[0] if parts == 1 else x.sum(0) for x in (dq, dk))
