@@ -51,8 +51,10 @@ def _wide(dtype: torch.dtype, *tensors: Tensor) -> list[Tensor]:
 def _prepared(
     q: Tensor, v: Tensor, g: Tensor, dtype: torch.dtype
 ) -> tuple[CDLL, Tensor, tuple[int, ...]]:
-    """Room for the workers, and the sizes: how work is split depends on shapes alone, so that the
-    number of threads changes no bit."""
+    """Room for the workers, and the sizes.
+
+    How work is split depends on shapes alone, so that the number of threads changes no bit.
+    """
     (B, T, Hk, K), (H, V) = q.shape, v.shape[2:]
     R, library = H // Hk, build(SOURCE, REALS[dtype])
     parts = min(R, -(-TASKS // (B * Hk)))
