@@ -4,20 +4,30 @@ Carries Linear Transformer, causal Performer, cosFormer, Based, RetNet, Mamba-2,
 RWKV-5 and -6, mLSTM and lightning attention.
 """
 
+from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from seqzoo.kernels.decay.chunked import backward as chunked_backward
-from seqzoo.kernels.decay.chunked import chunk_count, step
-from seqzoo.kernels.decay.chunked import forward as chunked_forward
+from seqzoo.kernels.decay.chunked import step
 from seqzoo.kernels.decay.reference import decay as reference_decay
 from seqzoo.kernels.dispatch import Backend, accumulator, choose, declare, full_precision
 from seqzoo.kernels.errors import check_shape, not_divisible, unknown
 from seqzoo.kernels.operator import operator
 
-declare("decay", Backend("chunked"), Backend("reference"))
+declare(
+    "decay",
+    Backend(
+        "native",
+        ("cpu",),
+        (torch.float32, torch.float64, torch.float16, torch.bfloat16),
+        needs=("compiler",),
+    ),
+    Backend("chunked"),
+    Backend("reference"),
+)
 
 
 def decay(
@@ -52,7 +62,7 @@ def decay(
         initial_state: S before the first token, (B, H, K, V); zero when None.
         reset: (B, T) bool; True empties the state before the token.
         mask: (B, T) bool; False leaves the state untouched, and o there means nothing.
-        backend: `chunked` or `reference`; `chunked` when None.
+        backend: `native`, `chunked` or `reference`; chosen by device and dtype when None.
 
     Returns:
         o: (B, T, H, V) in the dtype of `v`.
@@ -85,7 +95,7 @@ def decay(
             q, k, values = q.to(wide), k.to(wide), v.to(wide)
             o, state = reference_decay(q, k, values, g, u, before, state, reset, mask)
         else:
-            o, state = _vectorised(q, k, v, log_decay, bonus, before, state, reset, mask)
+            o, state = _vectorised(q, k, v, log_decay, bonus, before, state, reset, mask, chosen)
     return o.to(v.dtype), state
 
 
@@ -122,6 +132,7 @@ def _vectorised(
     state: Tensor,
     reset: Tensor | None,
     mask: Tensor | None,
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
     """Everything said with keys, queries and decays alone, then the chunks."""
     if bonus is not None:  # used twice: gradients are added before they are rounded
@@ -144,10 +155,10 @@ def _vectorised(
     elif before:  # token t reads what token t - 1 reads after its write
         o, _ = step(read[:, :1], k[:, :1], v[:, :1], g[:, :1], state, before)
         late = torch.cat([read[:, 1:], torch.zeros_like(read[:, :1])], dim=1)
-        rest, last, _ = _chunks(late, k, v, g, state)
+        rest, last, _ = _chunks(late, k, v, g, state, backend)
         o = torch.cat([o, rest[:, :-1]], dim=1)
     else:
-        o, last, _ = _chunks(read, k, v, g, state)
+        o, last, _ = _chunks(read, k, v, g, state, backend)
     if bonus is not None:
         own = (q * k).repeat_interleave(H // k.shape[2], dim=2) * bonus
         o = o + own.sum(-1, keepdim=True) * v
@@ -156,37 +167,54 @@ def _vectorised(
 
 @operator("seqzoo::decay")
 def _chunks(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, initial_state: Tensor
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, initial_state: Tensor, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    o, states = chunked_forward(q, k, v, g, initial_state)
+    o, states = _module(backend).forward(q, k, v, g, initial_state)
     return o, states[-1].clone(), states
 
 
 @_chunks.register_fake
 def _(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, initial_state: Tensor
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, initial_state: Tensor, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    states = initial_state.new_empty(1 + chunk_count(v.shape[1]), *initial_state.shape)
+    chunks = _module(backend).chunk_count(v.shape[1])
+    states = initial_state.new_empty(1 + chunks, *initial_state.shape)
     return v.new_empty(v.shape, dtype=states.dtype), states.new_empty(states.shape[1:]), states
 
 
 @operator("seqzoo::decay_backward")
 def _chunks_backward(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, states: Tensor, do: Tensor, dstate: Tensor
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    states: Tensor,
+    do: Tensor,
+    dstate: Tensor,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     with full_precision(v):
-        return chunked_backward(q, k, v, g, states, do, dstate)
+        dq, dk, dv, dg, dstart = _module(backend).backward(q, k, v, g, states, do, dstate)
+    return dq, dk, dv, dg, dstart
 
 
 @_chunks_backward.register_fake
 def _(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, states: Tensor, do: Tensor, dstate: Tensor
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    states: Tensor,
+    do: Tensor,
+    dstate: Tensor,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     dq, dk, dv, dg = (x.new_empty(x.shape) for x in (q, k, v, g))
     return dq, dk, dv, dg, dstate.new_empty(dstate.shape)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:  # noqa: ANN401
+    ctx.backend = inputs[5]
     ctx.save_for_backward(*inputs[:4], output[2])
     ctx.set_materialize_grads(False)
 
@@ -196,12 +224,15 @@ def _differentiate(
     do: Tensor | None,
     dstate: Tensor | None,
     _: None,
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor | None, ...]:
     q, k, v, g, states = ctx.saved_tensors
     do = states.new_zeros(v.shape) if do is None else do
     dstate = states.new_zeros(states.shape[1:]) if dstate is None else dstate
-    dq, dk, dv, dg, dstart = _chunks_backward(q, k, v, g, states, do, dstate)
-    return dq, dk, dv, dg, dstart
+    return *_chunks_backward(q, k, v, g, states, do, dstate, ctx.backend), None
 
 
 _chunks.register_autograd(_differentiate, setup_context=_save)
+
+
+def _module(backend: str) -> ModuleType:
+    return import_module(f"{__name__}.{backend}")

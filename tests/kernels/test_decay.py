@@ -7,14 +7,18 @@ import torch
 from torch import Tensor
 
 import seqzoo.kernels.decay.chunked as chunked
+import seqzoo.kernels.decay.native as native
 from seqzoo.kernels.decay import decay
+from seqzoo.kernels.dispatch import BACKENDS
 from tests.tolerances import EXACT, assert_close_to_reference, budget, law_budget, relative_error
 
-LENGTHS = (1, 2, 63, 64, 65, 100)
+NAMES = [b.name for b in BACKENDS["decay"] if not b.refusal("cpu", torch.float32, ())]
+FAST = [name for name in NAMES if name != "reference"]
+LENGTHS = (1, 2, 31, 32, 33, 63, 64, 65, 100)
 KINDS = ("none", "scalar", "vector")
 HALF = (torch.float16, torch.bfloat16)
 # B, T, Hk, value heads of each, K, V
-SHAPES = [(2, 70, 2, 1, 5, 3), (1, 65, 1, 3, 4, 7), (3, 33, 3, 1, 1, 1), (2, 40, 2, 2, 16, 8)]
+SHAPES = [(2, 70, 2, 1, 5, 7), (1, 65, 1, 9, 4, 3), (3, 33, 3, 1, 1, 1), (2, 40, 2, 2, 16, 8)]
 READS = [("after", False), ("before", False), ("before", True)]
 
 
@@ -81,49 +85,65 @@ def compare(found: dict[str, Tensor], wanted: dict[str, Tensor], dtype: torch.dt
         assert_close_to_reference(out, wanted[name], dtype, gradient=gradient, name=name)
 
 
+@pytest.mark.parametrize("backend", FAST)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("read", "bonus"), READS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_chunks_are_the_loop_in_every_number_with_masks_and_resets(shape, read, bonus, kind):
+def test_chunks_are_the_loop_in_every_number_with_masks_and_resets(
+    shape, read, bonus, kind, backend
+):
     given = inputs(*shape, kind=kind, bonus=bonus)
     options = flags(*shape[:2]) | {"read": read, "scale": 0.7}
-    compare(
-        everything(leaves(given, torch.float64), **options), truth(given, **options), torch.float64
-    )
+    found = everything(leaves(given, torch.float64), **options, backend=backend)
+    compare(found, truth(given, **options), torch.float64)
 
 
+@pytest.mark.parametrize("backend", FAST)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("read", ["after", "before"])
 @pytest.mark.parametrize("T", LENGTHS)
-def test_every_length_around_chunk_borders(T, read, kind):
+def test_every_length_around_chunk_borders(T, read, kind, backend):
     given = inputs(2, T, 2, 1, 3, 4, kind=kind)
-    compare(
-        everything(leaves(given, torch.float64), read=read), truth(given, read=read), torch.float64
-    )
+    found = everything(leaves(given, torch.float64), read=read, backend=backend)
+    compare(found, truth(given, read=read), torch.float64)
 
 
+@pytest.mark.parametrize("backend", FAST)
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
-def test_error_stays_in_budget_on_the_same_rounded_inputs(kind, dtype, poisoned_empty):
+def test_error_stays_in_budget_on_the_same_rounded_inputs(kind, dtype, backend, poisoned_empty):
     given = leaves(inputs(2, 150, 2, 2, 24, 20, kind=kind, bonus=True), dtype)
     options = flags(2, 150) | {"read": "before"}
-    compare(everything(given, **options), truth(given, **options), dtype)
+    compare(everything(given, **options, backend=backend), truth(given, **options), dtype)
 
 
-def test_error_does_not_grow_with_length_when_a_decay_near_one_is_constant():
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("kind", ["scalar", "vector"])
+@pytest.mark.parametrize("value", [-1e-3, -0.0123])
+def test_error_does_not_grow_with_length_when_a_decay_near_one_is_constant(value, kind, backend):
     # a rounded exp(g) in each step would be off the same way thousands of times
-    given = inputs(1, 2000, 1, 1, 2, 2, kind="none")
-    given["log_decay"] = torch.full((1, 2000, 1, 2), -1e-3).double()
+    given = inputs(1, 2000, 1, 1, 2, 2, kind=kind)
+    given["log_decay"] = torch.full_like(given["log_decay"], value)
     given = {name: x.float() for name, x in given.items()}
-    compare(everything(leaves(given, torch.float32)), truth(given), torch.float32)
+    found = everything(leaves(given, torch.float32), backend=backend)
+    compare(found, truth(given), torch.float32)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_error_stays_in_budget_over_many_chunks(kind):
+    given = inputs(1, 16384, 1, 1, 5, 4, kind=kind)
+    given = {name: x.float() for name, x in given.items()}
+    compare(everything(leaves(given, torch.float32), backend="native"), truth(given), torch.float32)
+
+
+@pytest.mark.parametrize("backend", FAST)
 @pytest.mark.parametrize("value", [0.0, -1e-8, -20.0, -88.0, -1e4, -torch.inf])
 @pytest.mark.parametrize("kind", ["scalar", "vector"])
-def test_hostile_decays_everywhere_are_finite_and_exact(kind, value):
+def test_hostile_decays_everywhere_are_finite_and_exact(kind, value, backend):
     given = inputs(2, 70, 2, 1, 4, 3, kind=kind)
     given["log_decay"] = torch.full_like(given["log_decay"], value)
-    found = everything(leaves(given, torch.float32))
+    found = everything(leaves(given, torch.float32), backend=backend)
     assert all(x.isfinite().all() for x in found.values())
     rounded = {name: x.float() for name, x in given.items()}
     wanted = truth(rounded)
@@ -134,18 +154,20 @@ def test_hostile_decays_everywhere_are_finite_and_exact(kind, value):
     assert (found[name] - wanted[name]).norm() <= allowed * wanted[name].norm() + 1e-38
 
 
+@pytest.mark.parametrize("backend", FAST)
 @pytest.mark.parametrize("kind", ["scalar", "vector"])
-def test_one_strong_decay_does_not_spoil_mild_ones_beside_it(kind):
+def test_one_strong_decay_does_not_spoil_mild_ones_beside_it(kind, backend):
     # exp(G_i - G_j) with sums from the chunk's start loses all digits behind a -1e4
     given = inputs(2, 128, 1, 1, 4, 4, kind=kind)
     given["log_decay"] = -0.05 * torch.rand_like(given["log_decay"])
     for t, value in ((0, -1e4), (31, -88.0), (32, -torch.inf), (40, -1e4), (63, -1e4), (64, -1e4)):
         given["log_decay"][:, t] = value
     given = {name: x.float() for name, x in given.items()}
-    compare(everything(leaves(given, torch.float32)), truth(given), torch.float32)
+    found = everything(leaves(given, torch.float32), backend=backend)
+    compare(found, truth(given), torch.float32)
 
 
-@pytest.mark.parametrize("backend", ["chunked", "reference"])
+@pytest.mark.parametrize("backend", NAMES)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("read", "bonus"), READS)
 def test_a_reset_row_is_separate_documents_bit_by_bit_of_state(read, bonus, kind, backend):
@@ -162,7 +184,7 @@ def test_a_reset_row_is_separate_documents_bit_by_bit_of_state(read, bonus, kind
     assert relative_error(state, last) <= EXACT
 
 
-@pytest.mark.parametrize("backend", ["chunked", "reference"])
+@pytest.mark.parametrize("backend", NAMES)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("read", "bonus"), READS)
 def test_masked_tokens_are_as_if_they_were_not_there(read, bonus, kind, backend):
@@ -187,10 +209,11 @@ def cut(given: dict[str, Tensor], tokens: slice | Tensor) -> dict[str, Tensor]:
     return {name: x[:, tokens] if in_time(name) else x for name, x in given.items()}
 
 
+@pytest.mark.parametrize("backend", FAST)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("read", "bonus"), READS)
 @pytest.mark.parametrize("sizes", [(1,) * 40, (1, 2, 31, 6), (0, 33, 7, 0)], ids=str)
-def test_any_split_is_one_pass_in_outputs_state_and_gradients(sizes, read, bonus, kind):
+def test_any_split_is_one_pass_in_outputs_state_and_gradients(sizes, read, bonus, kind, backend):
     given = inputs(2, 40, 2, 1, 3, 4, kind=kind, bonus=bonus)
     options = flags(2, 40)
     results = []
@@ -200,7 +223,8 @@ def test_any_split_is_one_pass_in_outputs_state_and_gradients(sizes, read, bonus
         for size in parts:
             span = slice(start, start + size)
             now = cut(x, span) | {"initial_state": state}
-            o, state = decay(**now, read=read, **{n: f[:, span] for n, f in options.items()})
+            now |= {name: x[:, span] for name, x in options.items()}
+            o, state = decay(**now, read=read, backend=backend)
             outputs.append(o)
             start += size
         o = torch.where(options["mask"][..., None, None], torch.cat(outputs, dim=1), 0)
@@ -210,35 +234,38 @@ def test_any_split_is_one_pass_in_outputs_state_and_gradients(sizes, read, bonus
         assert relative_error(split, whole) <= law_budget(torch.float64)
 
 
-@pytest.mark.parametrize("T", LENGTHS)
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("T", [1, 2, 64, 65, 100])
 @pytest.mark.parametrize("kind", KINDS)
-def test_gradcheck(kind, T):
+def test_gradcheck(kind, T, backend):
     given = inputs(1, T, 1, 2, 2, 2, kind=kind, bonus=True)
     options = flags(1, T)
     tensors = leaves(given, torch.float64)
 
     def run(*values: Tensor) -> tuple[Tensor, Tensor]:
-        return decay(**dict(zip(tensors, values, strict=True)), read="before", **options)
+        inputs = dict(zip(tensors, values, strict=True))
+        return decay(**inputs, read="before", **options, backend=backend)
 
     assert torch.autograd.gradcheck(run, tuple(tensors.values()), fast_mode=True)
     del tensors["bonus"]
 
     def run_after(*values: Tensor) -> tuple[Tensor, Tensor]:
-        return decay(**dict(zip(tensors, values, strict=True)), **options)
+        return decay(**dict(zip(tensors, values, strict=True)), **options, backend=backend)
 
     assert torch.autograd.gradcheck(run_after, tuple(tensors.values()), fast_mode=T > 2)
 
 
-def test_only_the_last_state_or_only_the_outputs_may_be_used():
+@pytest.mark.parametrize("backend", FAST)
+def test_only_the_last_state_or_only_the_outputs_may_be_used(backend):
     given = leaves(inputs(2, 40, 1, 1, 3, 4, kind="vector"), torch.float64)
     for which in (0, 1):
         found, wanted = (
             torch.autograd.grad(
-                decay(**given, backend=backend)[which].square().sum(),
+                decay(**given, backend=name)[which].square().sum(),
                 list(given.values()),
                 materialize_grads=True,
             )
-            for backend in ("chunked", "reference")
+            for name in (backend, "reference")
         )
         assert all(relative_error(a, b) <= 2 * EXACT for a, b in zip(found, wanted, strict=True))
 
@@ -260,21 +287,22 @@ def test_heads_that_share_keys_and_queries_are_repeated_in_runs():
     assert all(relative_error(a, b) <= EXACT for a, b in zip(found, wanted, strict=True))
 
 
+@pytest.mark.parametrize("backend", FAST)
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_future_is_never_read(kind):
+def test_the_future_is_never_read(kind, backend):
     given = inputs(2, 100, 1, 1, 4, 3, kind=kind)
-    o = decay(**given)[0]
+    o = decay(**given, backend=backend)[0]
     for t in (1, 31, 32, 50, 99):
         other = {
             name: torch.cat([x[:, :t], 1e4 * x[:, t:]], dim=1) if in_time(name) else x
             for name, x in given.items()
         }
-        assert torch.equal(decay(**other)[0][:, :t], o[:, :t])
+        assert torch.equal(decay(**other, backend=backend)[0][:, :t], o[:, :t])
 
 
 @pytest.mark.parametrize("T", [0, 1, 40])
 @pytest.mark.parametrize("B", [0, 2])
-@pytest.mark.parametrize("backend", ["chunked", "reference"])
+@pytest.mark.parametrize("backend", NAMES)
 def test_no_rows_and_no_tokens_leave_the_state(backend, B, T):
     given = inputs(B, T, 2, 1, 3, 4, kind="vector")
     o, state = decay(**given, backend=backend)
@@ -284,7 +312,7 @@ def test_no_rows_and_no_tokens_leave_the_state(backend, B, T):
         assert torch.equal(state, given["initial_state"])
 
 
-@pytest.mark.parametrize("backend", ["chunked", "reference"])
+@pytest.mark.parametrize("backend", NAMES)
 def test_half_precision_keeps_a_float32_state_and_autocast_does_not_reach_the_products(backend):
     given = leaves(inputs(2, 70, 1, 2, 4, 3, kind="scalar"), torch.bfloat16)
     o, state = decay(**given, backend=backend)
@@ -297,29 +325,51 @@ def test_half_precision_keeps_a_float32_state_and_autocast_does_not_reach_the_pr
     assert all(torch.equal(a, b) for a, b in zip(inside, plain, strict=True))
 
 
-def test_autocast_around_the_backward_pass_does_not_reach_it():
+@pytest.mark.parametrize("backend", FAST)
+def test_autocast_around_the_backward_pass_does_not_reach_it(backend):
     given = {n: x.float() for n, x in inputs(2, 70, 1, 2, 4, 3, kind="vector").items()}
-    plain = everything(leaves(given, torch.float32))
+    plain = everything(leaves(given, torch.float32), backend=backend)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        inside = everything(leaves(given, torch.float32))
+        inside = everything(leaves(given, torch.float32), backend=backend)
     assert all(torch.equal(inside[name], plain[name]) for name in plain)
 
 
-def test_layout_in_memory_changes_nothing():
+@pytest.mark.parametrize("backend", FAST)
+def test_layout_in_memory_changes_nothing(backend):
     given = inputs(2, 70, 2, 1, 4, 6, kind="vector")
     strided = {name: x.transpose(0, -1).contiguous().transpose(0, -1) for name, x in given.items()}
     assert not any(x.is_contiguous() for x in strided.values())
-    found = everything(leaves(given, torch.float64))
-    for name, other in everything({n: x.requires_grad_() for n, x in strided.items()}).items():
+    found = everything(leaves(given, torch.float64), backend=backend)
+    leaf = {name: x.requires_grad_() for name, x in strided.items()}
+    for name, other in everything(leaf, backend=backend).items():
         assert torch.equal(other, found[name])
 
 
 def test_work_in_parts_is_work_at_once(monkeypatch):
     given = inputs(2, 200, 2, 1, 4, 6, kind="vector")
-    found = everything(leaves(given, torch.float64))
+    found = everything(leaves(given, torch.float64), backend="chunked")
     monkeypatch.setattr(chunked, "CACHED", 1)
-    for name, other in everything(leaves(given, torch.float64)).items():
+    for name, other in everything(leaves(given, torch.float64), backend="chunked").items():
         assert relative_error(other, found[name]) <= EXACT
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_threads_change_no_bit(kind):
+    given = inputs(1, 130, 1, 10, 40, 30, kind=kind)  # ten heads of a key: more tasks than keys
+    one = everything(leaves(given, torch.float32), backend="native")
+    torch.set_num_threads(2)
+    two = everything(leaves(given, torch.float32), backend="native")
+    assert all(torch.equal(two[name], one[name]) for name in one)
+
+
+@pytest.mark.parametrize("kind", ["scalar", "vector"])
+def test_widths_beside_whole_vectors(kind):
+    for K, V in ((5, 7), (16, 17), (33, 64), (70, 16)):
+        given = inputs(1, 70, 1, 2, K, V, kind=kind)
+        given = {name: x.float() for name, x in given.items()}
+        compare(
+            everything(leaves(given, torch.float32), backend="native"), truth(given), torch.float32
+        )
 
 
 @pytest.mark.parametrize("T", [1, 2, 33, 100])
@@ -348,21 +398,25 @@ def test_compiled_without_graph_breaks_it_is_the_same(kind, T):
     assert all(relative_error(a, b) <= EXACT for a, b in zip(found, wanted, strict=True))
 
 
+@pytest.mark.parametrize("backend", FAST)
 @pytest.mark.parametrize(("kind", "T"), [("scalar", 40), ("vector", 2)])
-def test_opcheck(kind, T):
+def test_opcheck(kind, T, backend):
     given = leaves(inputs(2, T, 2, 1, 4, 3, kind=kind), torch.float64)
     g = given["log_decay"].detach().view(2, T, 2, -1).requires_grad_()
-    arguments = (given["q"], given["k"], given["v"], g, given["initial_state"])
+    arguments = (given["q"], given["k"], given["v"], g, given["initial_state"], backend)
     torch.library.opcheck(torch.ops.seqzoo.decay.default, arguments)
 
 
-def test_what_is_kept_for_the_backward_pass_is_inputs_and_chunk_states_only():
+@pytest.mark.parametrize(
+    ("backend", "chunk"), [("native", native.CHUNK), ("chunked", chunked.CHUNK)]
+)
+def test_what_is_kept_for_the_backward_pass_is_inputs_and_chunk_states_only(backend, chunk):
     B, T, H, K, V = 2, 500, 2, 8, 8
     given = leaves(inputs(B, T, H, 1, K, V, kind="vector"), torch.float32)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
-        decay(**given)
-    chunks = chunked.chunk_count(T)
+        decay(**given, backend=backend)
+    chunks = -(-T // chunk)
     allowed = sum(x.numel() for x in given.values()) + (chunks + 1) * B * H * K * V
     assert sum(x.numel() for x in kept) <= allowed
 
@@ -380,7 +434,7 @@ def test_what_is_kept_for_the_backward_pass_is_inputs_and_chunk_states_only():
         ({"read": "befor"}, "nearest: before"),
         ({"reset": (2, 8)}, "reset is"),
         ({"mask": (1, 9)}, "mask is"),
-        ({"backend": "native"}, "no backend of decay"),
+        ({"backend": "fused"}, "no backend of decay"),
     ],
     ids=str,
 )

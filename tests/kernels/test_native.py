@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 
 from seqzoo.kernels import native
 from seqzoo.kernels.dispatch import choose, missing
-from seqzoo.kernels.native import build, works
+from seqzoo.kernels.native import PRELUDE, REALS, build, works
 from seqzoo.kernels.scan import scan
 from seqzoo.kernels.scan.native import SOURCE
 
@@ -194,6 +195,59 @@ def test_a_single_step_wakes_no_second_thread() -> None:
 def test_a_strided_tensor_never_reaches_c() -> None:
     with pytest.raises(AssertionError, match="no strides"):
         native.call(build(SOURCE, "float"), "scan_forward", torch.zeros(2, 3).t())
+
+
+PRODUCTS = """
+void multiply(const REAL *A, const REAL *B, REAL *C, i64 m, i64 n, i64 p, i64 turned, i64 add)
+{
+    product(m, n, p, A, turned ? 1 : p, turned ? m : 1, B, n + 3, C, n + 2, add);
+}
+void turn(const REAL *from, REAL *to, i64 m, i64 n) { transpose(m, n, from, n + 3, to, m + 2); }
+void power(const REAL *from, REAL *to, i64 n, i64 lift) { exponentials(from, to, n, lift); }
+"""
+
+
+@pytest.mark.parametrize(("dtype", "real"), REALS.items(), ids=str)
+def test_small_products_are_those_of_torch_and_write_nothing_else(
+    dtype: torch.dtype, real: str
+) -> None:
+    library = build(PRELUDE + PRODUCTS, real)
+    for m, n, p in product((0, 1, 4, 7), (1, 8, 16, 33, 64, 90), (0, 1, 63, 130)):
+        A, B, C = (torch.randn(size, dtype=dtype) for size in ((m, p), (p, n + 3), (m, n + 2)))
+        for turned, add in product((0, 1), (-1, 0, 1)):
+            stored, found = (A.t() if turned else A).contiguous(), C.clone()
+            native.call(library, "multiply", stored, B, found, m, n, p, turned, add)
+            wanted = C.clone()
+            wanted[:, :n] = A @ B[:, :n] if add == 0 else C[:, :n] + add * (A @ B[:, :n])
+            torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+            assert torch.equal(found[:, n:], C[:, n:])
+        D = torch.randn(n, m + 2, dtype=dtype)
+        wanted = torch.cat([C[:, :n].t(), D[:, m:]], dim=1)
+        native.call(library, "turn", torch.cat([C, C[:, :1]], dim=1), D, m, n)
+        assert torch.equal(D, wanted)
+
+
+@pytest.mark.parametrize(("dtype", "real"), REALS.items(), ids=str)
+def test_exponentials_are_right_in_the_last_place_down_to_nothing(
+    dtype: torch.dtype, real: str
+) -> None:
+    library = build(PRELUDE + PRODUCTS, real)
+    least = -103 if dtype == torch.float32 else -740
+    x = torch.cat([torch.linspace(least, 0, 3996), torch.tensor([-1e-8, -1e4, -torch.inf, 88])])
+    x = x.to(dtype)
+    found, lifted = torch.empty_like(x), torch.empty_like(x)
+    native.call(library, "power", x, found, len(x), 0)
+    native.call(library, "power", x, lifted, len(x), 32)
+    wanted, info = x.double().exp(), torch.finfo(dtype)
+    unit = info.eps if dtype == torch.float32 else 40 * info.eps  # torch's own is no better
+    assert ((found - wanted).abs() <= unit * wanted + info.smallest_normal * info.eps).all()
+    wrong = (lifted.double() / 2.0**32 - wanted).abs()[x <= 0]  # no subnormal number is rounded
+    assert (wrong <= unit * wanted[x <= 0]).all()
+    assert found[-2] == 0
+    assert found[-3] == 0
+    power = torch.full((16,), torch.nan, dtype=dtype)
+    native.call(library, "power", power, power, 16, 0)
+    assert power.isnan().all()
 
 
 def run(code: str) -> None:

@@ -21,6 +21,7 @@ class Case:
         slower: the goal: at most so many times its time.
         backward: forward and backward, or forward alone.
         short: the length measured unless the full one is asked for, where the other takes minutes.
+        form: name in `FORMS` of another use of the kernel.
     """
 
     kernel: str
@@ -31,6 +32,7 @@ class Case:
     slower: float = 0
     backward: bool = True
     short: int = 0
+    form: str = ""
 
 
 SLOW = "transformers, loop over tokens"
@@ -50,6 +52,10 @@ CASES = (
     Case("wkv", SLOW, peers.transformers_wkv, 4096, faster=500, short=1024),
     Case("short_conv", "conv1d of transposed", peers.conv1d_transposed, 4096, faster=7),
     Case("decay", "transformers, Mamba-2 in chunks", peers.transformers_mamba2, 4096, faster=4),
+    *(
+        Case("decay", "causal SDPA", peers.causal_sdpa, 4096, faster=5, form=form)
+        for form in ("linear attention", "Mamba-2", "GLA")
+    ),
     Case("delta", "fla, PyTorch in chunks", peers.fla_delta, 4096, faster=10),
     Case("long_conv", "one FFT of everything", peers.whole_fft, 4096, faster=2),
     Case("attention", "full masked SDPA", peers.masked_sdpa, 4096, faster=10, backward=False),

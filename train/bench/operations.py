@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize, softplus
+from torch.nn.functional import logsigmoid, normalize, softplus
 
 from seqzoo.kernels.attention import attention
 from seqzoo.kernels.decay import decay
@@ -53,6 +53,16 @@ def _mamba2(x: Inputs) -> Tensor:
     return decay(x["q"], x["k"], x["v"] * x["dt"][..., None], -x["dt"])[0]
 
 
+def _for_form(*decay: int) -> Callable[[int], Inputs]:
+    """Queries, keys and values, and log decays of the gate of GLA, (B, T, H, *decay) of them."""
+
+    def make(T: int) -> Inputs:
+        q, k, v = torch.randn(3, B, T, H, P).unbind()
+        return {"q": q, "k": k, "v": v, "g": logsigmoid(torch.randn(B, T, H, *decay)) / 16}
+
+    return make
+
+
 OPERATIONS = {
     "scan": Operation(
         lambda T: {"a": torch.rand(B, T, D), "b": torch.randn(B, T, D)},
@@ -82,4 +92,13 @@ OPERATIONS = {
         lambda T: dict(zip("qkv", torch.randn(3, B, T, H, P).unbind(), strict=True)),
         lambda x: attention(x["q"], x["k"], x["v"], window=WINDOW),
     ),
+}
+# Other uses of a kernel, on inputs that attention takes too.
+FORMS = {
+    "linear attention": Operation(
+        lambda T: dict(zip("qkv", torch.randn(3, B, T, H, P).unbind(), strict=True)),
+        lambda x: decay(x["q"], x["k"], x["v"])[0],
+    ),
+    "Mamba-2": Operation(_for_form(), lambda x: decay(*x.values())[0]),
+    "GLA": Operation(_for_form(P), lambda x: decay(*x.values())[0]),
 }
