@@ -24,6 +24,8 @@ from torch import Tensor
 # -ffast-math would delete the rounding tricks that kernels rely on; contraction keeps the FMAs.
 FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-shared", "-fPIC")
 REALS = {torch.float32: "float", torch.float64: "double"}
+# Vectors and products of small matrices, in C: kernels that use them put it before their source.
+PRELUDE = Path(__file__).with_name("prelude.c").read_text()
 
 # What kernels use of C beyond the standard, and a number that only a working compiler gets right.
 TRIAL = """
