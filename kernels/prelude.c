@@ -13,7 +13,7 @@ typedef whole places __attribute__((vector_size(4 * sizeof(whole))));
 
 #define LANES ((i64)(sizeof(v) / sizeof(REAL)))
 #define INLINE static inline __attribute__((always_inline, unused))
-#define ONCE static __attribute__((noinline, unused)) /* copies would cost time to compile */
+#define ONCE static __attribute__((noinline, noclone, unused)) /* copies would cost time to compile */
 
 #ifdef __AVX512F__
 #define WIDE 4 /* vectors: 4 x 4 of them in 32 registers */

@@ -13,9 +13,10 @@
 #define CHUNK 32 /* as in the decay kernel's chunks */
 #define HALF (CHUNK / 2)
 
-/* Where things of the chunk at hand are; rows of K or V numbers, filled up. */
+/* Where things of the chunk at hand are; rows of K or V numbers, filled up. The decays of a channel
+ * stand at i * W + s * channel: rows of W = K and s = 1, or one vector and s = 0 where all share. */
 typedef struct {
-    i64 K, V;
+    i64 K, V, W, s;
     REAL *q, *k, *g, *beta;
     REAL *w, *since, *until, *right, *left;  /* decays; the last two have HALF rows */
     REAL *qs, *ks, *ku, *qr, *kr, *kl, *klT; /* q and k times them; the last four have HALF rows */
@@ -26,9 +27,9 @@ typedef struct {
 } room;
 
 /* The caller knows the sum of these, too. */
-static room furnish(REAL *at, i64 K, i64 V)
+ONCE room furnish(REAL *at, i64 K, i64 V, int shared)
 {
-    room x = {.K = K, .V = V};
+    room x = {.K = K, .V = V, .W = shared ? LANES : K, .s = !shared};
     REAL **wide[] = {&x.q,  &x.k,   &x.g,   &x.w,   &x.since, &x.until, &x.qs, &x.ks,
                      &x.ku, &x.dqs, &x.dks, &x.dku, &x.dq,    &x.dk,    &x.dg};
     REAL **half[] = {&x.right, &x.left, &x.qr, &x.kr, &x.kl, &x.klT, &x.dqr, &x.dkr, &x.dkl};
@@ -62,57 +63,82 @@ INLINE v power(v x)
     return p * (v)((most + bias) << mantissa) * (v)((n - most + bias) << mantissa);
 }
 
+typedef REAL two_quarters __attribute__((vector_size(32)));
+typedef REAL quarter __attribute__((vector_size(16)));
+
 INLINE REAL across(v x)
 {
-    REAL sum = 0;
-    for (i64 i = 0; i < LANES; i++) sum += x[i];
-    return sum;
+    two_quarters low, high;
+    __builtin_memcpy(&low, &x, sizeof low);
+    __builtin_memcpy(&high, (char *)&x + sizeof low, sizeof high);
+    low += high;
+    quarter a, b;
+    __builtin_memcpy(&a, &low, sizeof a);
+    __builtin_memcpy(&b, (char *)&low + sizeof a, sizeof b);
+    a += b;
+    return sizeof(REAL) == 4 ? (a[0] + a[2]) + (a[1] + a[3 % (16 / sizeof(REAL))]) : a[0] + a[1];
+}
+
+/* Rows of n numbers that will be wanted, into the second-level cache: those of one head are too far
+ * apart for the machine to guess. Any address will do. */
+ONCE void fetch(i64 n, const REAL *from, i64 apart)
+{
+    for (i64 i = 0; i < CHUNK; i++)
+        for (i64 j = 0; j < n; j += LANES) __builtin_prefetch(from + i * apart + j, 0, 2);
+}
+
+ONCE void clear(i64 n, REAL *to)
+{
+    for (i64 i = 0; i < n; i += LANES) store((v){0}, to + i);
 }
 
 /* c rows of n numbers, `apart` in memory; zeros behind both ends. */
-static void fill(i64 c, i64 n, i64 wide, const REAL *from, i64 apart, REAL *to)
+ONCE void fill(i64 c, i64 n, i64 wide, const REAL *from, i64 apart, REAL *to, i64 next)
 {
+    fetch(n, from + next * apart, apart);
     copy(c, n, wide, from, apart, to, wide);
-    for (i64 i = c * wide; i < CHUNK * wide; i++) to[i] = 0;
+    clear((CHUNK - c) * wide, to + c * wide);
 }
 
-static void times(i64 n, const REAL *x, const REAL *y, REAL *to)
+ONCE void times(room x, i64 rows, const REAL *y, const REAL *decay, REAL *to)
 {
-    for (i64 i = 0; i < n; i += LANES) store(load(x + i) * load(y + i), to + i);
+    for (i64 i = 0; i < rows; i++)
+        for (i64 d = 0; d < x.K; d += LANES)
+            store(load(y + i * x.K + d) * load(decay + i * x.W + x.s * d), to + i * x.K + d);
 }
 
 ONCE void decays(room x)
 {
-    i64 K = x.K;
-    for (i64 d = 0; d < K; d += LANES) {
+    i64 W = x.W;
+    for (i64 d = 0; d < W; d += LANES) {
         v all = {0}, half = {0};
         for (i64 i = 0; i < CHUNK; i++) {
-            v g = load(x.g + i * K + d);
+            v g = load(x.g + i * W + d);
             all += g;
             if (i == HALF) half = (v){0};
             half += g;
-            store(g, x.w + i * K + d);
-            store(all, x.since + i * K + d);
-            if (i >= HALF) store(half, x.right + (i - HALF) * K + d);
+            store(g, x.w + i * W + d);
+            store(all, x.since + i * W + d);
+            if (i >= HALF) store(half, x.right + (i - HALF) * W + d);
         }
         all = half = (v){0};
         for (i64 i = CHUNK - 1; i >= 0; i--) {
-            v g = load(x.g + i * K + d);
-            store(all, x.until + i * K + d);
+            v g = load(x.g + i * W + d);
+            store(all, x.until + i * W + d);
             all += g;
-            if (i < HALF) store(half, x.left + i * K + d), half += g;
+            if (i < HALF) store(half, x.left + i * W + d), half += g;
         }
     }
     REAL *all[] = {x.w, x.since, x.until, x.right, x.left};
     for (int n = 0; n < 5; n++)
-        for (i64 i = 0; i < (n < 3 ? CHUNK : HALF) * K; i += LANES)
+        for (i64 i = 0; i < (n < 3 ? CHUNK : HALF) * W; i += LANES)
             store(power(load(all[n] + i)), all[n] + i);
-    times(CHUNK * K, x.q, x.since, x.qs);
-    times(CHUNK * K, x.k, x.since, x.ks);
-    times(CHUNK * K, x.k, x.until, x.ku);
-    times(HALF * K, x.q + HALF * K, x.right, x.qr);
-    times(HALF * K, x.k + HALF * K, x.right, x.kr);
-    times(HALF * K, x.k, x.left, x.kl);
+    times(x, CHUNK, x.q, x.since, x.qs);
+    times(x, CHUNK, x.k, x.since, x.ks);
+    times(x, CHUNK, x.k, x.until, x.ku);
+    times(x, HALF, x.q + HALF * x.K, x.right, x.qr);
+    times(x, HALF, x.k + HALF * x.K, x.right, x.kr);
+    times(x, HALF, x.k, x.left, x.kl);
 }
 
 /* A_ij = q_i . D_ij k_j for j <= i, and M_ij = k_i . D_ij k_j for j < i; D the decay from j to i. */
@@ -132,7 +158,7 @@ ONCE void scores(room x)
                 v kD = load(x.k + j * K + d) * D;
                 a[j - first] += q * kD;
                 m[j - first] += k * kD;
-                D *= load(x.w + j * K + d);
+                D *= load(x.w + j * x.W + x.s * d);
             }
         }
         for (i64 j = first; j < CHUNK; j++) {
@@ -162,14 +188,13 @@ ONCE void substitute(i64 V, const REAL *M, i64 m_row, i64 m_col, const REAL *bet
 
 /* Tokens from `from` of one head, and what they write on the state. */
 ONCE void begin(room x, const REAL *q, const REAL *k, const REAL *value, const REAL *beta,
-                const REAL *g, i64 c, i64 H, i64 K, i64 V, i64 G)
+                const REAL *g, i64 c, i64 H, i64 K, i64 V, i64 G, i64 next)
 {
-    fill(c, K, x.K, q, H * K, x.q);
-    fill(c, K, x.K, k, H * K, x.k);
-    fill(c, V, x.V, value, H * V, x.z);
-    fill(c, G, x.K, g, H * G, x.g);
-    for (i64 i = 0; G < K && i < c; i++)
-        for (i64 d = 1; d < K; d++) x.g[i * x.K + d] = x.g[i * x.K];
+    fill(c, K, x.K, q, H * K, x.q, next);
+    fill(c, K, x.K, k, H * K, x.k, next);
+    fill(c, V, x.V, value, H * V, x.z, next);
+    fill(c, G, x.W, g, H * G, x.g, next);
+    for (i64 i = 0; !x.s && i < c; i++) store((v){0} + x.g[i * LANES], x.g + i * LANES);
     for (i64 i = 0; i < CHUNK; i++) x.beta[i] = i < c ? beta[i * H] : 0;
     decays(x);
     scores(x);
@@ -178,10 +203,12 @@ ONCE void begin(room x, const REAL *q, const REAL *k, const REAL *value, const R
 }
 
 /* Each key's row times its decay over the whole chunk. */
-static void fade(room x, REAL *S)
+ONCE void fade(room x, REAL *S)
 {
-    for (i64 k = 0; k < x.K; k++)
-        for (i64 d = 0; d < x.V; d++) S[k * x.V + d] *= x.since[(CHUNK - 1) * x.K + k];
+    for (i64 k = 0; k < x.K; k++, S += x.V) {
+        v whole_chunk = (v){0} + x.since[(CHUNK - 1) * x.W + x.s * k];
+        for (i64 d = 0; d < x.V; d += LANES) store(load(S + d) * whole_chunk, S + d);
+    }
 }
 
 /* `states` are (chunks + 1, B, H, K, V), the first of them given. */
@@ -191,13 +218,13 @@ void delta_forward(const REAL *q, const REAL *k, const REAL *value, const REAL *
 {
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (i64 part = 0; part < threads; part++) {
-        room x = furnish(space + part * each, wide_K, wide_V);
+        room x = furnish(space + part * each, wide_K, wide_V, G < K);
         for (i64 task = part; task < B * H; task += threads) {
-            for (i64 i = 0; i < wide_K * wide_V; i++) x.S[i] = 0;
+            clear(wide_K * wide_V, x.S);
             copy(K, V, V, states + task * K * V, V, x.S, x.V);
             for (i64 from = 0, n = 1; from < T; from += CHUNK, n++) {
                 i64 c = smaller(CHUNK, T - from), at = (task / H * T + from) * H + task % H;
-                begin(x, q + at * K, k + at * K, value + at * V, beta + at, g + at * G, c, H, K, V, G);
+                begin(x, q + at * K, k + at * K, value + at * V, beta + at, g + at * G, c, H, K, V, G, CHUNK);
                 product(CHUNK, x.V, x.K, x.qs, x.K, 1, x.S, x.V, x.o, x.V, 0);
                 product(CHUNK, x.V, CHUNK, x.A, CHUNK, 1, x.u, x.V, x.o, x.V, 1);
                 copy(c, V, V, x.o, x.V, o + at * V, H * V);
@@ -212,7 +239,7 @@ void delta_forward(const REAL *q, const REAL *k, const REAL *value, const REAL *
 /* What came by way of the state and by way of the border; dg starts as what both give to it. */
 ONCE void far(room x)
 {
-    i64 K = x.K, corner = HALF * CHUNK, border = HALF * K;
+    i64 K = x.K, W = x.W, corner = HALF * CHUNK, border = HALF * K;
     product(HALF, K, HALF, x.dA + corner, CHUNK, 1, x.kl, K, x.dqr, K, 0);
     product(HALF, K, HALF, x.dM + corner, CHUNK, 1, x.kl, K, x.dkr, K, 0);
     product(HALF, K, HALF, x.dA + corner, 1, CHUNK, x.qr, K, x.dkl, K, 0);
@@ -220,20 +247,20 @@ ONCE void far(room x)
     for (i64 d = 0; d < K; d += LANES) {
         v all = {0}, half = {0};
         for (i64 s = 0; s < x.V; s++) all += load(x.ST + s * K + d) * load(x.dST + s * K + d);
-        all *= load(x.since + (CHUNK - 1) * K + d);
+        all *= load(x.since + (CHUNK - 1) * W + x.s * d);
         for (i64 i = CHUNK - 1; i >= 0; i--) {
-            i64 at = i * K + d;
-            v dqs = load(x.dqs + at), dks = load(x.dks + at), since = load(x.since + at);
-            v dq = dqs * since, dk = load(x.dku + at) * load(x.until + at) - dks * since;
+            i64 at = i * K + d, decay = i * W + x.s * d;
+            v dqs = load(x.dqs + at), dks = load(x.dks + at), since = load(x.since + decay);
+            v dq = dqs * since, dk = load(x.dku + at) * load(x.until + decay) - dks * since;
             all += dqs * load(x.qs + at) - dks * load(x.ks + at);
             v dg = all;
             if (i >= HALF) {
                 v dqr = load(x.dqr + at - border), dkr = load(x.dkr + at - border);
-                v right = load(x.right + at - border);
+                v right = load(x.right + decay - HALF * W);
                 half += dqr * load(x.qr + at - border) - dkr * load(x.kr + at - border);
                 dq += dqr * right, dk -= dkr * right, dg += half;
             } else
-                dk += load(x.dkl + at) * load(x.left + at);
+                dk += load(x.dkl + at) * load(x.left + decay);
             store(dq, x.dq + at), store(dk, x.dk + at), store(dg, x.dg + at);
         }
         all = half = (v){0};
@@ -254,7 +281,7 @@ ONCE void near(room x)
         i64 first = i / HALF * HALF;
         const REAL *dA = x.dA + i * CHUNK, *dM = x.dM + i * CHUNK;
         for (i64 d = 0; d < K; d += LANES) {
-            v q = load(x.q + i * K + d), k = load(x.k + i * K + d), D = load(x.w + i * K + d);
+            v q = load(x.q + i * K + d), k = load(x.k + i * K + d), D = load(x.w + i * x.W + x.s * d);
             v dq = dA[i] * k, dk = {0}, e[HALF], sum = {0};
             for (i64 j = i - 1; j >= first; j--) {
                 i64 at = j * K + d;
@@ -263,7 +290,7 @@ ONCE void near(room x)
                 dk -= dM[j] * kD;
                 store(load(x.dk + at) + dkD * D, x.dk + at);
                 e[j - first] = dkD * kD;
-                D *= load(x.w + at);
+                D *= load(x.w + j * x.W + x.s * d);
             }
             store(load(x.dq + i * K + d) + dq, x.dq + i * K + d);
             store(load(x.dk + i * K + d) + dk + dA[i] * q, x.dk + i * K + d);
@@ -305,16 +332,17 @@ void delta_backward(const REAL *q, const REAL *k, const REAL *value, const REAL 
 {
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (i64 part = 0; part < threads; part++) {
-        room x = furnish(space + part * each, wide_K, wide_V);
+        room x = furnish(space + part * each, wide_K, wide_V, G < K);
         for (i64 task = part; task < B * H; task += threads) {
-            for (i64 i = 0; i < wide_K * wide_V; i++) x.S[i] = x.dS[i] = 0;
+            clear(wide_K * wide_V, x.S);
+            clear(wide_K * wide_V, x.dS);
             copy(K, V, V, dlast + task * K * V, V, x.dS, x.V);
             for (i64 n = (T + CHUNK - 1) / CHUNK - 1; n >= 0; n--) {
                 i64 from = n * CHUNK, c = smaller(CHUNK, T - from);
                 i64 at = (task / H * T + from) * H + task % H;
                 copy(K, V, V, states + (n * B * H + task) * K * V, V, x.S, x.V);
-                begin(x, q + at * K, k + at * K, value + at * V, beta + at, g + at * G, c, H, K, V, G);
-                fill(c, V, x.V, d_o + at * V, H * V, x.o);
+                begin(x, q + at * K, k + at * K, value + at * V, beta + at, g + at * G, c, H, K, V, G, -CHUNK);
+                fill(c, V, x.V, d_o + at * V, H * V, x.o, -CHUNK);
                 back(x);
                 copy(c, K, K, x.dq, x.K, dq + at * K, H * K);
                 copy(c, K, K, x.dk, x.K, dk + at * K, H * K);
