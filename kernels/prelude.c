@@ -1,4 +1,4 @@
-/* What several native kernels share: vectors, and products of small matrices.
+/* What several native kernels share: vectors, their exponentials, and products of small matrices.
  *
  * REAL is float or double, set by the compiler's command line. Matrices are row-major, each with the
  * distance between its rows; sizes are free, and nothing outside a matrix is written. A product
@@ -10,10 +10,17 @@ typedef REAL v __attribute__((vector_size(64), aligned(64)));
 typedef REAL four __attribute__((vector_size(4 * sizeof(REAL))));
 typedef __typeof__(__builtin_choose_expr(sizeof(REAL) == 4, 0, 0LL)) whole; /* as wide as REAL */
 typedef whole places __attribute__((vector_size(4 * sizeof(whole))));
+typedef whole vi __attribute__((vector_size(64), aligned(64)));
+typedef REAL half __attribute__((vector_size(32)));
+typedef REAL quarter __attribute__((vector_size(16)));
 
-#define LANES ((i64)(sizeof(v) / sizeof(REAL)))
+#define LANES (64 / (i64)sizeof(REAL))
 #define INLINE static inline __attribute__((always_inline, unused))
-#define ONCE static __attribute__((noinline, noclone, unused)) /* copies would cost time to compile */
+#ifdef __clang__
+#define ONCE static __attribute__((noinline, unused)) /* copies would cost time to compile */
+#else
+#define ONCE static __attribute__((noinline, noclone, unused))
+#endif
 
 #ifdef __AVX512F__
 #define WIDE 4 /* vectors: 4 x 4 of them in 32 registers */
@@ -37,6 +44,47 @@ INLINE v load(const REAL *from)
 }
 
 INLINE void store(v x, REAL *to) { __builtin_memcpy(to, &x, sizeof x); }
+
+INLINE v choose(vi which, v yes, v no) { return (v)((which & (vi)yes) | (~which & (vi)no)); }
+
+INLINE REAL across(v x)
+{
+    half x0, x1;
+    quarter y0, y1;
+    __builtin_memcpy(&x0, &x, sizeof x0);
+    __builtin_memcpy(&x1, (char *)&x + sizeof x0, sizeof x1);
+    x0 += x1;
+    __builtin_memcpy(&y0, &x0, sizeof y0);
+    __builtin_memcpy(&y1, (char *)&x0 + sizeof y0, sizeof y1);
+    y0 += y1;
+    REAL sum = y0[0];
+    for (i64 i = 1; i < LANES / 4; i++) sum += y0[i];
+    return sum;
+}
+
+/* e^x of n numbers, of whole vectors: within one unit in the last place, also where that is below
+ * the smallest normal number; 0 for -inf, and not a number stays so. It is 2^n e^r, |r| <= ln(2) / 2:
+ * n is rounded by a large constant (no -ffast-math, which would undo that), e^r is Taylor's
+ * polynomial, 2^n comes in two halves. */
+#define SMALL (sizeof(REAL) == 4)
+ONCE void exponentials(const REAL *from, REAL *to, i64 n)
+{
+    static const REAL factors[] = {1, 1, 1 / 2., 1 / 6., 1 / 24., 1 / 120., 1 / 720., 1 / 5040.,
+        1 / 40320., 1 / 362880., 1 / 3628800., 1 / 39916800., 1 / 479001600.};
+    const v round = (v){0} + (REAL)(SMALL ? 0x1.8p23 : 0x1.8p52);
+    const v low = (v){0} - (SMALL ? 110 : 760), high = (v){0} + (SMALL ? 90 : 710);
+    const int bias = SMALL ? 127 : 1023, place = SMALL ? 23 : 52;
+    for (i64 at = 0; at < n; at += LANES) {
+        v x = load(from + at);
+        x = choose(x < low, low, choose(x > high, high, x));
+        v shifted = x * (REAL)1.4426950408889634 + round, whole = shifted - round;
+        v r = x - whole * (REAL)0x1.62e4p-1, p = (v){0} + factors[SMALL ? 7 : 12];
+        r -= whole * (REAL)0x1.7f7d1cf79abcap-20;
+        for (int i = SMALL ? 6 : 11; i >= 0; i--) p = p * r + factors[i];
+        vi power = (vi)shifted - (vi)round, first = power >> 1, second = power - first;
+        store(p * (v)((first + bias) << place) * (v)((second + bias) << place), to + at);
+    }
+}
 
 /* Rows of n numbers; with columns beyond n up to `zeros` made zero. */
 ONCE void copy(i64 rows, i64 n, i64 zeros, const REAL *restrict from, i64 from_row,

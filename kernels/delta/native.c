@@ -44,41 +44,6 @@ ONCE room furnish(REAL *at, i64 K, i64 V, int shared)
     return x;
 }
 
-/* e^x for x <= 0: 2^n e^r with |r| <= ln(2) / 2, n by adding a number so large that nothing is left
- * behind the point, e^r by its Taylor series. 2^n is the product of two, so that what is too small
- * for a normal number gets there, and zero. */
-INLINE v power(v x)
-{
-    const int single = sizeof(REAL) == 4, terms = single ? 7 : 13, mantissa = single ? 23 : 52;
-    const whole bias = single ? 127 : 1023;
-    const v low = (v){0} - (REAL)(single ? 160 : 1100), one = (v){0} + (REAL)1;
-    const v round = (v){0} + (REAL)(single ? 12582912.0 : 6755399441055744.0); /* 1.5 2^23, 2^52 */
-    typedef __typeof__(x < low) bits;
-    v z = x * (REAL)1.4426950408889634, p = one;
-    bits far = z < low;
-    z = (v)((far & (bits)low) | (~far & (bits)z));
-    v shifted = z + round, r = (z - (shifted - round)) * (REAL)0.6931471805599453;
-    for (int i = terms; i > 0; i--) p = p * (r * (REAL)(1.0 / i)) + one;
-    bits n = (bits)shifted - (bits)round, most = n >> 1;
-    return p * (v)((most + bias) << mantissa) * (v)((n - most + bias) << mantissa);
-}
-
-typedef REAL two_quarters __attribute__((vector_size(32)));
-typedef REAL quarter __attribute__((vector_size(16)));
-
-INLINE REAL across(v x)
-{
-    two_quarters low, high;
-    __builtin_memcpy(&low, &x, sizeof low);
-    __builtin_memcpy(&high, (char *)&x + sizeof low, sizeof high);
-    low += high;
-    quarter a, b;
-    __builtin_memcpy(&a, &low, sizeof a);
-    __builtin_memcpy(&b, (char *)&low + sizeof a, sizeof b);
-    a += b;
-    return sizeof(REAL) == 4 ? (a[0] + a[2]) + (a[1] + a[3 % (16 / sizeof(REAL))]) : a[0] + a[1];
-}
-
 /* Rows of n numbers that will be wanted, into the second-level cache: those of one head are too far
  * apart for the machine to guess. Any address will do. */
 ONCE void fetch(i64 n, const REAL *from, i64 apart)
@@ -131,8 +96,7 @@ ONCE void decays(room x)
     }
     REAL *all[] = {x.w, x.since, x.until, x.right, x.left};
     for (int n = 0; n < 5; n++)
-        for (i64 i = 0; i < (n < 3 ? CHUNK : HALF) * W; i += LANES)
-            store(power(load(all[n] + i)), all[n] + i);
+        exponentials(all[n], all[n], (n < 3 ? CHUNK : HALF) * W);
     times(x, CHUNK, x.q, x.since, x.qs);
     times(x, CHUNK, x.k, x.since, x.ks);
     times(x, CHUNK, x.k, x.until, x.ku);

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from seqzoo.train.bench import peers
-from seqzoo.train.bench.operations import Run
+from seqzoo.train.bench.operations import GATED_DELTANET, KDA, OPERATIONS, Operation, Run
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,7 @@ class Case:
         slower: the goal: at most so many times its time.
         backward: forward and backward, or forward alone.
         short: the length measured unless the full one is asked for, where the other takes minutes.
+        variant: inputs and call where they are not those in `OPERATIONS`.
     """
 
     kernel: str
@@ -31,6 +32,12 @@ class Case:
     slower: float = 0
     backward: bool = True
     short: int = 0
+    variant: Operation | None = None
+
+    @property
+    def operation(self) -> Operation:
+        """What is measured."""
+        return self.variant or OPERATIONS[self.kernel]
 
 
 SLOW = "transformers, loop over tokens"
@@ -51,6 +58,11 @@ CASES = (
     Case("short_conv", "conv1d of transposed", peers.conv1d_transposed, 4096, faster=7),
     Case("decay", "transformers, Mamba-2 in chunks", peers.transformers_mamba2, 4096, faster=4),
     Case("delta", "fla, PyTorch in chunks", peers.fla_delta, 4096, faster=10),
+    Case("delta", "causal SDPA", peers.causal_sdpa, 4096, faster=3),
+    *(
+        Case("delta", f"causal SDPA; ours a decay {what}", peers.causal_sdpa, 4096, 3, variant=one)
+        for what, one in (("per head", GATED_DELTANET), ("per channel", KDA))
+    ),
     Case("long_conv", "one FFT of everything", peers.whole_fft, 4096, faster=2),
     Case("attention", "full masked SDPA", peers.masked_sdpa, 4096, faster=10, backward=False),
     *(

@@ -7,7 +7,7 @@ import torch
 
 from seqzoo.train.bench.cases import Case
 from seqzoo.train.bench.measure import interleaved, training_step
-from seqzoo.train.bench.operations import OPERATIONS, Run
+from seqzoo.train.bench.operations import Run
 
 SECONDS = 5.0  # that either side may take, in all, before it sits out the other rounds
 WARM = 64  # tokens of the run that is not measured
@@ -33,7 +33,7 @@ class Row:
 
 def compare(case: Case, *, repeats: int, device: str, full: bool) -> Row:
     """Ours and the other in turn, at the same inputs."""
-    run = OPERATIONS[case.kernel].run
+    run = case.operation.run
     tokens = case.tokens if full or not case.short else case.short
     sides = {"ours": _step(case, run, tokens, device)}
     absent = ""
@@ -78,7 +78,7 @@ def _step(case: Case, run: Run, tokens: int, device: str) -> Callable[[], object
 def _make(case: Case, run: Run, tokens: int, device: str) -> Callable[[], object]:
     torch.manual_seed(0)
     with torch.device(device):
-        inputs = OPERATIONS[case.kernel].make(tokens)
+        inputs = case.operation.make(tokens)
     if not case.backward:
         return lambda: run(inputs)
     for x in inputs.values():

@@ -110,6 +110,16 @@ def whole_fft() -> Run:
     return run
 
 
+def causal_sdpa() -> Run:
+    """Torch's attention to all tokens before."""
+
+    def run(x: Inputs) -> Tensor:
+        q, k, v = (x[name].transpose(1, 2) for name in "qkv")
+        return scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+
+    return run
+
+
 def masked_sdpa() -> Run:
     """Torch's attention with the window as a mask."""
 
