@@ -62,27 +62,28 @@ INLINE REAL across(v x)
     return sum;
 }
 
-/* e^x of n numbers, of whole vectors: within one unit in the last place, also where that is below
- * the smallest normal number; 0 for -inf, and not a number stays so. It is 2^n e^r, |r| <= ln(2) / 2:
- * n is rounded by a large constant (no -ffast-math, which would undo that), e^r is Taylor's
- * polynomial, 2^n comes in two halves. */
+/* 2^lift e^x of n numbers, of whole vectors: within one unit in the last place, also where that is
+ * below the smallest normal number; 0 where e^x is (at -inf), and not a number stays so. e^x is
+ * 2^n e^r, |r| <= ln(2) / 2: n is rounded by a large constant (no -ffast-math, which would undo
+ * that), e^r is Taylor's polynomial, 2^n comes in two halves. */
 #define SMALL (sizeof(REAL) == 4)
-ONCE void exponentials(const REAL *from, REAL *to, i64 n)
+ONCE void exponentials(const REAL *from, REAL *to, i64 n, i64 lift)
 {
     static const REAL factors[] = {1, 1, 1 / 2., 1 / 6., 1 / 24., 1 / 120., 1 / 720., 1 / 5040.,
         1 / 40320., 1 / 362880., 1 / 3628800., 1 / 39916800., 1 / 479001600.};
-    const v round = (v){0} + (REAL)(SMALL ? 0x1.8p23 : 0x1.8p52);
-    const v low = (v){0} - (SMALL ? 110 : 760), high = (v){0} + (SMALL ? 90 : 710);
+    const v round = (v){0} + (REAL)(SMALL ? 0x1.8p23 : 0x1.8p52), high = (v){0} + (SMALL ? 89 : 710);
     const int bias = SMALL ? 127 : 1023, place = SMALL ? 23 : 52;
     for (i64 at = 0; at < n; at += LANES) {
         v x = load(from + at);
-        x = choose(x < low, low, choose(x > high, high, x));
-        v shifted = x * (REAL)1.4426950408889634 + round, whole = shifted - round;
-        v r = x - whole * (REAL)0x1.62e4p-1, p = (v){0} + factors[SMALL ? 7 : 12];
-        r -= whole * (REAL)0x1.7f7d1cf79abcap-20;
+        vi none = x < (REAL)(SMALL ? -104 : -746);
+        x = choose(none, (v){0}, choose(x > high, high, x));
+        v shifted = x * (REAL)1.4426950408889634 + round, whole_part = shifted - round;
+        v r = x - whole_part * (REAL)0x1.62e4p-1, p = (v){0} + factors[SMALL ? 7 : 12];
+        r -= whole_part * (REAL)0x1.7f7d1cf79abcap-20;
         for (int i = SMALL ? 6 : 11; i >= 0; i--) p = p * r + factors[i];
-        vi power = (vi)shifted - (vi)round, first = power >> 1, second = power - first;
-        store(p * (v)((first + bias) << place) * (v)((second + bias) << place), to + at);
+        vi power = (vi)shifted - (vi)round + (whole)lift, first = power >> 1, second = power - first;
+        p *= (v)((first + bias) << place);
+        store(choose(none, (v){0}, p * (v)((second + bias) << place)), to + at);
     }
 }
 
@@ -96,14 +97,14 @@ ONCE void copy(i64 rows, i64 n, i64 zeros, const REAL *restrict from, i64 from_r
     }
 }
 
-/* C (+, -)= A B for 1 to 4 rows and `wide` vectors of columns; A(i, s) stands at i * a_row +
+/* C = A B, or C += add A B where that is not 0, for 1 to 4 rows and `wide` vectors of columns; A(i, s) stands at i * a_row +
  * s * a_col. Rows that are not there repeat the last one that is. */
 INLINE void tile(i64 rows, i64 depth, const REAL *A, i64 a_row, i64 a_col, const REAL *B,
-                 i64 b_row, REAL *C, i64 c_row, int add, const int wide)
+                 i64 b_row, REAL *C, i64 c_row, REAL add, const int wide)
 {
     i64 second = smaller(1, rows - 1), third = smaller(2, rows - 1), fourth = rows - 1;
     const REAL *A1 = A + second * a_row, *A2 = A + third * a_row, *A3 = A + fourth * a_row;
-    REAL *C1 = C + second * c_row, *C2 = C + third * c_row, *C3 = C + fourth * c_row, sign = add;
+    REAL *C1 = C + second * c_row, *C2 = C + third * c_row, *C3 = C + fourth * c_row;
     v c0[WIDE], c1[WIDE], c2[WIDE], c3[WIDE];
     for (int w = 0; w < wide; w++) c0[w] = c1[w] = c2[w] = c3[w] = (v){0};
     for (i64 s = 0; s < depth; s++, B += b_row) {
@@ -118,8 +119,8 @@ INLINE void tile(i64 rows, i64 depth, const REAL *A, i64 a_row, i64 a_col, const
     }
     for (int w = 0; add && w < wide; w++) {
         i64 at = w * LANES;
-        c0[w] = load(C + at) + sign * c0[w], c1[w] = load(C1 + at) + sign * c1[w];
-        c2[w] = load(C2 + at) + sign * c2[w], c3[w] = load(C3 + at) + sign * c3[w];
+        c0[w] = load(C + at) + add * c0[w], c1[w] = load(C1 + at) + add * c1[w];
+        c2[w] = load(C2 + at) + add * c2[w], c3[w] = load(C3 + at) + add * c3[w];
     }
     for (int w = 0; w < wide; w++) {
         i64 at = w * LANES;
@@ -129,11 +130,11 @@ INLINE void tile(i64 rows, i64 depth, const REAL *A, i64 a_row, i64 a_col, const
 
 #define DEEP 64 /* rows of B whose last, incomplete vectors are copied at a time */
 
-/* C = A B with add = 0, C += A B with 1, C -= A B with -1. C is rows x columns; A(i, s) stands at
- * i * a_row + s * a_col: A is what lies there, rows x depth, with a_col = 1, and its transpose with
- * a_row = 1. B is depth x columns. */
+/* C = A B, or C += add A B where that is not 0. C is rows x columns; A(i, s) stands at i * a_row +
+ * s * a_col: A is what lies there, rows x depth, with a_col = 1, and its transpose with a_row = 1.
+ * B is depth x columns. */
 ONCE void product(i64 rows, i64 columns, i64 depth, const REAL *A, i64 a_row, i64 a_col,
-                  const REAL *B, i64 b_row, REAL *C, i64 c_row, int add)
+                  const REAL *B, i64 b_row, REAL *C, i64 c_row, REAL add)
 {
     i64 j = 0, rest = columns % LANES;
     for (; WIDE > 1 && j + WIDE * LANES <= columns; j += WIDE * LANES)

@@ -65,6 +65,30 @@ ONCE void fill(i64 c, i64 n, i64 wide, const REAL *from, i64 apart, REAL *to, i6
     clear((CHUNK - c) * wide, to + c * wide);
 }
 
+/* Numbers below the smallest normal one take the machine ten times as long. Let them be zero, where
+ * no single token decays so far that they are all that is left of anything. */
+#ifdef __SSE__
+#define MODE() __builtin_ia32_stmxcsr()
+#define SET_MODE(mode) __builtin_ia32_ldmxcsr(mode)
+#define FLUSH 0x8040u
+#else
+#define MODE() 0u
+#define SET_MODE(mode) ((void)(mode))
+#define FLUSH 0u
+#endif
+
+ONCE void flush(room x)
+{
+    const REAL weak = SMALL ? -60 : -670, nothing = SMALL ? -104 : -746;
+    int deep = 0;
+    for (i64 i = 0; i < CHUNK * x.W; i += LANES) {
+        v g = load(x.g + i);
+        vi between = (g < weak) & (g > nothing);
+        deep |= across((v)(between & (vi)((v){0} + (REAL)1))) > 0;
+    }
+    SET_MODE(deep ? MODE() & ~FLUSH : MODE() | FLUSH);
+}
+
 ONCE void times(room x, i64 rows, const REAL *y, const REAL *decay, REAL *to)
 {
     for (i64 i = 0; i < rows; i++)
@@ -96,7 +120,7 @@ ONCE void decays(room x)
     }
     REAL *all[] = {x.w, x.since, x.until, x.right, x.left};
     for (int n = 0; n < 5; n++)
-        exponentials(all[n], all[n], (n < 3 ? CHUNK : HALF) * W);
+        exponentials(all[n], all[n], (n < 3 ? CHUNK : HALF) * W, 0);
     times(x, CHUNK, x.q, x.since, x.qs);
     times(x, CHUNK, x.k, x.since, x.ks);
     times(x, CHUNK, x.k, x.until, x.ku);
@@ -160,6 +184,7 @@ ONCE void begin(room x, const REAL *q, const REAL *k, const REAL *value, const R
     fill(c, G, x.W, g, H * G, x.g, next);
     for (i64 i = 0; !x.s && i < c; i++) store((v){0} + x.g[i * LANES], x.g + i * LANES);
     for (i64 i = 0; i < CHUNK; i++) x.beta[i] = i < c ? beta[i * H] : 0;
+    flush(x);
     decays(x);
     scores(x);
     product(CHUNK, x.V, x.K, x.ks, x.K, 1, x.S, x.V, x.z, x.V, -1);
@@ -183,6 +208,7 @@ void delta_forward(const REAL *q, const REAL *k, const REAL *value, const REAL *
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (i64 part = 0; part < threads; part++) {
         room x = furnish(space + part * each, wide_K, wide_V, G < K);
+        unsigned mode = MODE();
         for (i64 task = part; task < B * H; task += threads) {
             clear(wide_K * wide_V, x.S);
             copy(K, V, V, states + task * K * V, V, x.S, x.V);
@@ -197,6 +223,7 @@ void delta_forward(const REAL *q, const REAL *k, const REAL *value, const REAL *
                 copy(K, V, V, x.S, x.V, states + (n * B * H + task) * K * V, V);
             }
         }
+        SET_MODE(mode);
     }
 }
 
@@ -297,6 +324,7 @@ void delta_backward(const REAL *q, const REAL *k, const REAL *value, const REAL 
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (i64 part = 0; part < threads; part++) {
         room x = furnish(space + part * each, wide_K, wide_V, G < K);
+        unsigned mode = MODE();
         for (i64 task = part; task < B * H; task += threads) {
             clear(wide_K * wide_V, x.S);
             clear(wide_K * wide_V, x.dS);
@@ -323,5 +351,6 @@ void delta_backward(const REAL *q, const REAL *k, const REAL *value, const REAL 
             }
             copy(K, V, V, x.dS, x.V, dstart + task * K * V, V);
         }
+        SET_MODE(mode);
     }
 }
