@@ -3,14 +3,14 @@
 Carries DeltaNet, Gated DeltaNet and Kimi delta attention.
 """
 
+from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from seqzoo.kernels.decay.chunked import chunk_count
-from seqzoo.kernels.delta.chunked import backward as chunked_backward
-from seqzoo.kernels.delta.chunked import forward as chunked_forward
 from seqzoo.kernels.delta.chunked import step
 from seqzoo.kernels.delta.inputs import begin, check_heads, columns, where_real
 from seqzoo.kernels.delta.reference import delta as reference_delta
@@ -18,7 +18,13 @@ from seqzoo.kernels.dispatch import Backend, choose, declare, full_precision
 from seqzoo.kernels.errors import check_shape
 from seqzoo.kernels.operator import operator
 
-declare("delta", Backend("chunked"), Backend("reference"))
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+declare(
+    "delta",
+    Backend("native", ("cpu",), DTYPES, needs=("compiler",)),
+    Backend("chunked"),
+    Backend("reference"),
+)
 
 
 def delta(
@@ -52,7 +58,7 @@ def delta(
         initial_state: S before the first token, (B, H, K, V); zero when None.
         reset: (B, T) bool; True empties the state before the token.
         mask: (B, T) bool; False leaves the state untouched, and o there means nothing.
-        backend: `chunked` or `reference`; `chunked` when None.
+        backend: `native`, `chunked` or `reference`; chosen by device and dtype when None.
 
     Returns:
         o: (B, T, H, V) in the dtype of `v`.
@@ -73,11 +79,11 @@ def delta(
             q, k, values, beta = (x.to(wide) for x in (q, k, v, beta))
             o, state = reference_delta(q, k, values, beta, g, state, reset, mask)
         else:
-            o, state = _vectorised(q, k, v, beta, log_decay, state, reset, mask)
+            o, state = _fast(q, k, v, beta, log_decay, state, reset, mask, chosen)
     return o.to(v.dtype), state
 
 
-def _vectorised(
+def _fast(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -86,6 +92,7 @@ def _vectorised(
     state: Tensor,
     reset: Tensor | None,
     mask: Tensor | None,
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
     """Everything said with keys, betas and decays alone, then the chunks."""
     if v.shape[0] * v.shape[1] == 0:
@@ -95,21 +102,33 @@ def _vectorised(
         g = torch.where(reset[..., None, None], -torch.inf, g)
     if v.shape[1] == 1:
         return step(q, k, v, beta, g, state)
-    o, last, _ = _chunks(q, k, v, beta, g, state)
+    o, last, _ = _chunks(q, k, v, beta, g, state, backend)
     return o, last
 
 
 @operator("seqzoo::delta")
 def _chunks(
-    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor, initial_state: Tensor
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    g: Tensor,
+    initial_state: Tensor,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    o, states = chunked_forward(q, k, v, beta, g, initial_state)
+    o, states = _module(backend).forward(q, k, v, beta, g, initial_state)
     return o, states[-1].clone(), states
 
 
 @_chunks.register_fake
 def _(
-    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor, initial_state: Tensor
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    g: Tensor,
+    initial_state: Tensor,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     states = initial_state.new_empty(1 + chunk_count(v.shape[1]), *initial_state.shape)
     return v.new_empty(v.shape, dtype=states.dtype), states.new_empty(states.shape[1:]), states
@@ -125,9 +144,13 @@ def _chunks_backward(
     states: Tensor,
     do: Tensor,
     dstate: Tensor,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     with full_precision(v):
-        return chunked_backward(q, k, v, beta, g, states, do, dstate)
+        dq, dk, dv, dbeta, dg, dstart = _module(backend).backward(
+            q, k, v, beta, g, states, do, dstate
+        )
+    return dq, dk, dv, dbeta, dg, dstart
 
 
 @_chunks_backward.register_fake
@@ -140,12 +163,14 @@ def _(
     states: Tensor,
     do: Tensor,
     dstate: Tensor,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     dq, dk, dv, dbeta, dg = (x.new_empty(x.shape) for x in (q, k, v, beta, g))
     return dq, dk, dv, dbeta, dg, dstate.new_empty(dstate.shape)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:  # noqa: ANN401
+    ctx.backend = inputs[6]
     ctx.save_for_backward(*inputs[:5], output[2])
     ctx.set_materialize_grads(False)
 
@@ -155,12 +180,15 @@ def _differentiate(
     do: Tensor | None,
     dstate: Tensor | None,
     _: None,
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor | None, ...]:
     *inputs, states = ctx.saved_tensors
     do = states.new_zeros(inputs[2].shape) if do is None else do
     dstate = states.new_zeros(states.shape[1:]) if dstate is None else dstate
-    gradients: tuple[Tensor, ...] = _chunks_backward(*inputs, states, do, dstate)
-    return gradients
+    return *_chunks_backward(*inputs, states, do, dstate, ctx.backend), None
 
 
 _chunks.register_autograd(_differentiate, setup_context=_save)
+
+
+def _module(backend: str) -> ModuleType:
+    return import_module(f"{__name__}.{backend}")

@@ -15,6 +15,7 @@ from tests.kernels.delta_rules import (
     ALL,
     FAST,
     GATED,
+    backends,
     compare,
     cut,
     everything,
@@ -75,7 +76,7 @@ def test_identical_keys_and_constant_betas_do_not_blow_up_the_triangular_inverse
     compare(found, truth(given), torch.float32)
 
 
-@pytest.mark.parametrize("value", [0.0, -1e-8, -20.0, -88.0, -1e4, -torch.inf])
+@pytest.mark.parametrize("value", [0.0, -1e-8, -20.0, -59.0, -88.0, -1e4, -torch.inf])
 @over(GATED)
 def test_hostile_decays_everywhere_are_finite_and_exact(kind, backend, value):
     given = {name: x.float() for name, x in inputs(2, 70, 2, 4, 3, kind=kind).items()}
@@ -314,10 +315,11 @@ def test_compiled_without_graph_breaks_it_is_the_same(kind, T):
 
 
 @pytest.mark.parametrize(("kind", "T"), [("scalar", 40), ("vector", 2)])
-def test_opcheck(kind, T):
+@pytest.mark.parametrize("backend", backends("none")[:-1])
+def test_opcheck(backend, kind, T):
     given = leaves(inputs(2, T, 2, 4, 3, kind=kind), torch.float64)
     beta, g = (given[n].detach().view(2, T, 2, -1).requires_grad_() for n in ("beta", "log_decay"))
-    arguments = (given["q"], given["k"], given["v"], beta, g, given["initial_state"])
+    arguments = (given["q"], given["k"], given["v"], beta, g, given["initial_state"], backend)
     torch.library.opcheck(torch.ops.seqzoo.delta.default, arguments)
 
 
@@ -345,7 +347,7 @@ def test_what_is_kept_for_the_backward_pass_is_inputs_and_chunk_states_only(kind
         ({"initial_state": (2, 2, 4, 3)}, "initial_state is"),
         ({"reset": (2, 8)}, "reset is"),
         ({"mask": (1, 9)}, "mask is"),
-        ({"backend": "native"}, "no backend of delta"),
+        ({"backend": "fused"}, "no backend of delta"),
     ],
     ids=str,
 )

@@ -33,7 +33,7 @@ def refused(capsys, *command: str) -> str:
 @pytest.mark.parametrize("name", SAME)
 def test_a_peer_that_computes_something_else_is_no_peer(name):
     case = PEERS[name]
-    make, run = OPERATIONS[case.kernel]
+    make, run = case.operation
     inputs = make(320)  # more than one chunk of anybody's
     assert relative_error(case.load()(inputs), run(inputs)) <= 2e-5
 

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from seqzoo.train.bench import peers
-from seqzoo.train.bench.operations import Run
+from seqzoo.train.bench.operations import FORMS, OPERATIONS, Operation, Run
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,20 @@ class Case:
     short: int = 0
     form: str = ""
 
+    @property
+    def operation(self) -> Operation:
+        """What is measured."""
+        return FORMS[self.form] if self.form else OPERATIONS[self.kernel]
+
+    @property
+    def name(self) -> str:
+        """The kernel, and which use of it."""
+        return f"{self.kernel}, {self.form}" if self.form else self.kernel
+
 
 SLOW = "transformers, loop over tokens"
+MAMBAPY = "mambapy, parallel scan"
+ITSELF = "itself, a quarter as long"
 CASES = (
     Case(
         "selective_scan",
@@ -45,8 +57,32 @@ CASES = (
         faster=100,
         backward=False,
     ),
+    Case(
+        "selective_scan",
+        SLOW,
+        peers.transformers_selective_scan,
+        1024,
+        faster=50,
+        backward=False,
+    ),
     Case("selective_scan", SLOW, peers.transformers_selective_scan, 1024, faster=1000, short=256),
-    Case("selective_scan", "mambapy, parallel scan", peers.mambapy_selective_scan, 1024, faster=30),
+    Case(
+        "selective_scan",
+        MAMBAPY,
+        peers.mambapy_selective_scan,
+        1024,
+        faster=40,
+        backward=False,
+    ),
+    Case("selective_scan", MAMBAPY, peers.mambapy_selective_scan, 1024, faster=30),
+    Case(
+        "selective_scan",
+        MAMBAPY,
+        peers.mambapy_selective_scan,
+        1024,
+        faster=4,
+        form="no compiler",
+    ),
     Case("scan", "torch.add of its inputs", peers.add, 4096, slower=1.25, backward=False),
     Case("scan", "torch.add of its inputs", peers.add, 4096, slower=6),
     Case("wkv", SLOW, peers.transformers_wkv, 4096, faster=500, short=1024),
@@ -57,19 +93,25 @@ CASES = (
         for form in ("linear attention", "Mamba-2", "GLA")
     ),
     Case("delta", "fla, PyTorch in chunks", peers.fla_delta, 4096, faster=10),
+    Case("delta", "causal SDPA", peers.causal_sdpa, 4096, faster=3),
+    *(
+        Case("delta", "causal SDPA", peers.causal_sdpa, 4096, faster=3, form=form)
+        for form in ("Gated DeltaNet", "KDA")
+    ),
     Case("long_conv", "one FFT of everything", peers.whole_fft, 4096, faster=2),
     Case("attention", "full masked SDPA", peers.masked_sdpa, 4096, faster=10, backward=False),
     *(
-        Case(kernel, "itself, a quarter as long", None, 4096, slower=8)
-        for kernel in (
-            "scan",
-            "selective_scan",
-            "wkv",
-            "short_conv",
-            "long_conv",
-            "decay",
-            "delta",
-            "attention",
+        Case(kernel, ITSELF, None, 4096, slower=8)
+        for kernel in ("scan", "selective_scan", "wkv", "short_conv", "long_conv", "attention")
+    ),
+    *(
+        Case(kernel, ITSELF, None, tokens, slower=5, form=form)
+        for kernel, form in (
+            ("decay", "Mamba-2"),
+            ("decay", "GLA"),
+            ("delta", ""),
+            ("delta", "KDA"),
         )
+        for tokens in (4096, 16_384)
     ),
 )

@@ -7,7 +7,7 @@ import torch
 
 from seqzoo.train.bench.cases import Case
 from seqzoo.train.bench.measure import interleaved, training_step
-from seqzoo.train.bench.operations import FORMS, OPERATIONS, Operation, Run
+from seqzoo.train.bench.operations import Run
 
 SECONDS = 5.0  # that either side may take, in all, before it sits out the other rounds
 WARM = 64  # tokens of the run that is not measured
@@ -33,7 +33,7 @@ class Row:
 
 def compare(case: Case, *, repeats: int, device: str, full: bool) -> Row:
     """Ours and the other in turn, at the same inputs."""
-    run = _operation(case).run
+    run = case.operation.run
     tokens = case.tokens if full or not case.short else case.short
     sides = {"ours": _step(case, run, tokens, device)}
     absent = ""
@@ -45,8 +45,7 @@ def compare(case: Case, *, repeats: int, device: str, full: bool) -> Row:
         sides["other"] = _step(case, other, tokens if case.load else tokens // 4, device)
     times = interleaved(sides, repeats, device, SECONDS)
     what = "forward, backward" if case.backward else "forward"
-    name = f"{case.kernel}, {case.form}" if case.form else case.kernel
-    row = Row(name, what, tokens, times["ours"].ms, case.other, note=absent)
+    row = Row(case.name, what, tokens, times["ours"].ms, case.other, note=absent)
     row.runs = tuple(t.runs for t in times.values())
     row.goal = f">= {case.faster:,g} x" if case.faster else f"<= {case.slower:g} x"
     if not absent:
@@ -70,10 +69,6 @@ def _judge(row: Row, case: Case) -> None:
         row.note = f"the goal is for {case.tokens} tokens: --full"
 
 
-def _operation(case: Case) -> Operation:
-    return FORMS[case.form] if case.form else OPERATIONS[case.kernel]
-
-
 def _step(case: Case, run: Run, tokens: int, device: str) -> Callable[[], object]:
     """Whatever is set up once is set up by a short run; then the step to measure."""
     _make(case, run, WARM, device)()
@@ -83,7 +78,7 @@ def _step(case: Case, run: Run, tokens: int, device: str) -> Callable[[], object
 def _make(case: Case, run: Run, tokens: int, device: str) -> Callable[[], object]:
     torch.manual_seed(0)
     with torch.device(device):
-        inputs = _operation(case).make(tokens)
+        inputs = case.operation.make(tokens)
     if not case.backward:
         return lambda: run(inputs)
     for x in inputs.values():

@@ -49,6 +49,14 @@ def _for_delta(T: int) -> Inputs:
     return {"q": q, "k": normalize(k, dim=-1), "v": v, "beta": torch.rand(B, T, H)}
 
 
+def _for_gated_delta(T: int, *channels: int) -> Inputs:
+    return _for_delta(T) | {"log_decay": -softplus(torch.randn(B, T, H, *channels) - 2)}
+
+
+def _delta(x: Inputs) -> Tensor:
+    return delta(*x.values(), scale=P**-0.5)[0]
+
+
 def _mamba2(x: Inputs) -> Tensor:
     return decay(x["q"], x["k"], x["v"] * x["dt"][..., None], -x["dt"])[0]
 
@@ -87,13 +95,13 @@ OPERATIONS = {
         lambda x: long_conv(*x.values()),
     ),
     "decay": Operation(_for_decay, _mamba2),
-    "delta": Operation(_for_delta, lambda x: delta(*x.values(), scale=P**-0.5)[0]),
+    "delta": Operation(_for_delta, _delta),
     "attention": Operation(
         lambda T: dict(zip("qkv", torch.randn(3, B, T, H, P).unbind(), strict=True)),
         lambda x: attention(x["q"], x["k"], x["v"], window=WINDOW),
     ),
 }
-# Other uses of a kernel, on inputs that attention takes too.
+# Other uses of a kernel, by name.
 FORMS = {
     "linear attention": Operation(
         lambda T: dict(zip("qkv", torch.randn(3, B, T, H, P).unbind(), strict=True)),
@@ -101,4 +109,9 @@ FORMS = {
     ),
     "Mamba-2": Operation(_for_form(), lambda x: decay(*x.values())[0]),
     "GLA": Operation(_for_form(P), lambda x: decay(*x.values())[0]),
+    "Gated DeltaNet": Operation(_for_gated_delta, _delta),
+    "KDA": Operation(lambda T: _for_gated_delta(T, P), _delta),
+    "no compiler": Operation(
+        _for_selective_scan, lambda x: selective_scan(*x.values(), backend="chunked")[0]
+    ),
 }
