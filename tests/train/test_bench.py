@@ -10,7 +10,7 @@ from seqzoo.train.bench import startup
 from seqzoo.train.bench.cases import CASES, Case
 from seqzoo.train.bench.compare import WARM, compare
 from seqzoo.train.bench.measure import Timing, interleaved, training_step
-from seqzoo.train.bench.operations import OPERATIONS
+from seqzoo.train.bench.operations import OPERATIONS, SIZES, Sizes
 from seqzoo.train.cli import main
 from tests.tolerances import relative_error
 
@@ -34,7 +34,7 @@ def refused(capsys, *command: str) -> str:
 def test_a_peer_that_computes_something_else_is_no_peer(name):
     case = PEERS[name]
     make, run = case.operation
-    inputs = make(320)  # more than one chunk of anybody's
+    inputs = make(320, SIZES["cpu"])  # more than one chunk of anybody's
     assert relative_error(case.load()(inputs), run(inputs)) <= 2e-5
 
 
@@ -92,9 +92,9 @@ def test_a_peer_that_is_not_installed_is_said_in_its_row(monkeypatch):
 def test_growth_compares_with_a_quarter_of_the_length(monkeypatch):
     lengths, scan = [], OPERATIONS["scan"]
 
-    def make(tokens: int):
+    def make(tokens: int, sizes: Sizes):
         lengths.append(tokens)
-        return scan.make(tokens)
+        return scan.make(tokens, sizes)
 
     monkeypatch.setitem(OPERATIONS, "scan", scan._replace(make=make))
     measured(case(load=None, slower=8, tokens=400))
@@ -124,7 +124,7 @@ def test_kernels_prints_every_row_and_writes_it_with_its_conditions(capsys, monk
     (row,) = (line for line in lines if line.startswith("scan"))
     written = json.loads(file.read_text())
     (recorded,) = written["rows"]
-    assert f"{recorded['ours_ms']:.1f} ms" in row
+    assert f"{recorded['ours_ms']:.3g} ms" in row
     assert (recorded["tokens"], recorded["met"]) == (2 * WARM, True)
     assert written["threads"] == 1
     assert written["versions"]["torch"] == torch.__version__

@@ -1,8 +1,9 @@
 """The comparisons: which kernel, with what, at how many tokens, and the goal."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from seqzoo.train.bench import gpu_peers as gpu
 from seqzoo.train.bench import peers
 from seqzoo.train.bench.operations import FORMS, OPERATIONS, Operation, Run
 
@@ -22,6 +23,7 @@ class Case:
         backward: forward and backward, or forward alone.
         short: the length measured unless the full one is asked for, where the other takes minutes.
         form: name in `FORMS` of another use of the kernel.
+        on: the kind of device the row and its goal are for.
     """
 
     kernel: str
@@ -33,6 +35,7 @@ class Case:
     backward: bool = True
     short: int = 0
     form: str = ""
+    on: str = "cpu"
 
     @property
     def operation(self) -> Operation:
@@ -114,4 +117,31 @@ CASES = (
         )
         for tokens in (4096, 16_384)
     ),
+)
+# On a GPU: batch 8, width 2048 or 16 heads of 128, bfloat16 inputs (parameters in float32).
+GPU_CASES = tuple(
+    replace(case, on="cuda", backward=backward)
+    for case in (
+        Case("selective_scan", "mamba-ssm", gpu.selective_scan, 4096, faster=1.5),
+        Case("scan", "fla, chunk_hgrn", gpu.hgrn, 4096, faster=8),
+        Case("wkv", "fla, fused_recurrent_rwkv4", gpu.rwkv4, 4096, faster=1),
+        Case("short_conv", "causal-conv1d", gpu.causal_conv1d, 4096, faster=1),
+        Case("decay", "mamba-ssm, SSD", gpu.ssd, 4096, faster=3),
+        Case("decay", "fla, chunk_simple_gla", gpu.simple_gla, 4096, faster=3, form="Mamba-2"),
+        Case("decay", "fla, chunk_gla", gpu.gla, 4096, faster=3, form="GLA"),
+        Case("decay", "causal SDPA", peers.causal_sdpa, 2048, faster=1, form="GLA"),
+        Case("delta", "fla, chunk_delta_rule", gpu.delta_rule, 4096, faster=1),
+        Case(
+            "delta",
+            "fla, chunk_gated_delta_rule",
+            gpu.gated_delta_rule,
+            4096,
+            faster=1,
+            form="Gated DeltaNet",
+        ),
+        Case("delta", "fla, chunk_kda", gpu.kda, 4096, faster=1, form="KDA"),
+        Case("long_conv", "one FFT of everything", peers.whole_fft, 8192, faster=1),
+        Case("attention", "causal SDPA", peers.causal_sdpa, 32_768, faster=25),
+    )
+    for backward in (False, True)
 )

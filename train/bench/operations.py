@@ -1,7 +1,4 @@
-"""Our kernels as they are measured: random inputs of a length, and a call.
-
-Batch 4, width 256 (or 4 heads of 64), 16 states, 4 taps, a window of 128, float32.
-"""
+"""Our kernels as they are measured: random inputs of a length, and a call."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -19,98 +16,112 @@ from seqzoo.kernels.selective_scan import selective_scan
 from seqzoo.kernels.short_conv import short_conv
 from seqzoo.kernels.wkv import wkv
 
-B, D, H, P, N, W, WINDOW = 4, 256, 4, 64, 16, 4, 128
-SIZES = {"batch": B, "width": D, "heads": H, "head width": P, "states": N, "taps": W}
-SIZES["window"] = WINDOW
+WINDOW = 128
 Inputs = dict[str, Tensor]
 Run = Callable[[Inputs], Tensor]
+
+
+class Sizes(NamedTuple):
+    """Batch B, width D, or heads H of width P; N states, W taps."""
+
+    batch: int
+    width: int
+    heads: int
+    head_width: int
+    states: int = 16
+    taps: int = 4
+
+
+SIZES = {"cpu": Sizes(4, 256, 4, 64), "cuda": Sizes(8, 2048, 16, 128)}
 
 
 class Operation(NamedTuple):
     """How to make the inputs of so many tokens, and how to call the kernel on them."""
 
-    make: Callable[[int], Inputs]
+    make: Callable[[int, Sizes], Inputs]
     run: Run
 
 
-def _for_selective_scan(T: int) -> Inputs:
-    u, dt = torch.randn(B, T, D), softplus(torch.randn(B, T, D) - 4)
-    A = -torch.arange(1.0, N + 1).repeat(D, 1)
-    return {"u": u, "dt": dt, "A": A, "B": torch.randn(B, T, N), "C": torch.randn(B, T, N)}
+def _for_scan(T: int, s: Sizes) -> Inputs:
+    shape = (s.batch, T, s.width)
+    return {"a": torch.rand(shape), "b": torch.randn(shape)}
 
 
-def _for_decay(T: int) -> Inputs:
-    q, k, v = torch.randn(3, B, T, H, P).unbind()
-    return {"q": q, "k": k, "v": v, "dt": softplus(torch.randn(B, T, H) - 2)}
+def _for_selective_scan(T: int, s: Sizes) -> Inputs:
+    wide, narrow = (s.batch, T, s.width), (s.batch, T, s.states)
+    u, dt = torch.randn(wide), softplus(torch.randn(wide) - 4)
+    A = -torch.arange(1.0, s.states + 1).repeat(s.width, 1)
+    return {"u": u, "dt": dt, "A": A, "B": torch.randn(narrow), "C": torch.randn(narrow)}
 
 
-def _for_delta(T: int) -> Inputs:
-    q, k, v = torch.randn(3, B, T, H, P).unbind()
-    return {"q": q, "k": normalize(k, dim=-1), "v": v, "beta": torch.rand(B, T, H)}
+def _for_wkv(T: int, s: Sizes) -> Inputs:
+    k, v = torch.randn(2, s.batch, T, s.width).unbind()
+    return {"k": k, "v": v, "w": torch.rand(s.width), "u": torch.randn(s.width)}
 
 
-def _for_gated_delta(T: int, *channels: int) -> Inputs:
-    return _for_delta(T) | {"log_decay": -softplus(torch.randn(B, T, H, *channels) - 2)}
+def _for_short_conv(T: int, s: Sizes) -> Inputs:
+    x, weight = torch.randn(s.batch, T, s.width), torch.randn(s.width, s.taps)
+    return {"x": x, "weight": weight, "bias": torch.randn(s.width)}
+
+
+def _for_long_conv(T: int, s: Sizes) -> Inputs:
+    return {"u": torch.randn(s.batch, T, s.width), "kernel": torch.randn(s.width, T)}
+
+
+def _for_attention(T: int, s: Sizes) -> Inputs:
+    parts = torch.randn(3, s.batch, T, s.heads, s.head_width).unbind()
+    return dict(zip("qkv", parts, strict=True))
+
+
+def _for_mamba2(T: int, s: Sizes) -> Inputs:
+    dt = softplus(torch.randn(s.batch, T, s.heads) - 2)
+    return _for_attention(T, s) | {"dt": dt}
+
+
+def _for_gla(T: int, s: Sizes, *channels: int) -> Inputs:
+    """Log decays of the gate of GLA, a head's or, with `channels`, a channel's."""
+    gate = logsigmoid(torch.randn(s.batch, T, s.heads, *channels))
+    return _for_attention(T, s) | {"g": gate / 16}
+
+
+def _for_delta(T: int, s: Sizes) -> Inputs:
+    made = _for_attention(T, s)
+    keys = {"k": normalize(made["k"], dim=-1)}
+    return made | keys | {"beta": torch.rand(s.batch, T, s.heads)}
+
+
+def _for_gated_delta(T: int, s: Sizes, *channels: int) -> Inputs:
+    gate = -softplus(torch.randn(s.batch, T, s.heads, *channels) - 2)
+    return _for_delta(T, s) | {"log_decay": gate}
 
 
 def _delta(x: Inputs) -> Tensor:
-    return delta(*x.values(), scale=P**-0.5)[0]
+    return delta(*x.values(), scale=x["q"].shape[-1] ** -0.5)[0]
 
 
 def _mamba2(x: Inputs) -> Tensor:
     return decay(x["q"], x["k"], x["v"] * x["dt"][..., None], -x["dt"])[0]
 
 
-def _for_form(*decay: int) -> Callable[[int], Inputs]:
-    """Queries, keys and values, and log decays of the gate of GLA, (B, T, H, *decay) of them."""
-
-    def make(T: int) -> Inputs:
-        q, k, v = torch.randn(3, B, T, H, P).unbind()
-        return {"q": q, "k": k, "v": v, "g": logsigmoid(torch.randn(B, T, H, *decay)) / 16}
-
-    return make
-
-
 OPERATIONS = {
-    "scan": Operation(
-        lambda T: {"a": torch.rand(B, T, D), "b": torch.randn(B, T, D)},
-        lambda x: scan(*x.values())[0],
-    ),
+    "scan": Operation(_for_scan, lambda x: scan(*x.values())[0]),
     "selective_scan": Operation(_for_selective_scan, lambda x: selective_scan(*x.values())[0]),
-    "wkv": Operation(
-        lambda T: {
-            "k": torch.randn(B, T, D),
-            "v": torch.randn(B, T, D),
-            "w": torch.rand(D),
-            "u": torch.randn(D),
-        },
-        lambda x: wkv(*x.values())[0],
-    ),
-    "short_conv": Operation(
-        lambda T: {"x": torch.randn(B, T, D), "weight": torch.randn(D, W), "bias": torch.randn(D)},
-        lambda x: short_conv(*x.values())[0],
-    ),
-    "long_conv": Operation(
-        lambda T: {"u": torch.randn(B, T, D), "kernel": torch.randn(D, T)},
-        lambda x: long_conv(*x.values()),
-    ),
-    "decay": Operation(_for_decay, _mamba2),
+    "wkv": Operation(_for_wkv, lambda x: wkv(*x.values())[0]),
+    "short_conv": Operation(_for_short_conv, lambda x: short_conv(*x.values())[0]),
+    "long_conv": Operation(_for_long_conv, lambda x: long_conv(*x.values())),
+    "decay": Operation(_for_mamba2, _mamba2),
     "delta": Operation(_for_delta, _delta),
     "attention": Operation(
-        lambda T: dict(zip("qkv", torch.randn(3, B, T, H, P).unbind(), strict=True)),
-        lambda x: attention(x["q"], x["k"], x["v"], window=WINDOW),
+        _for_attention, lambda x: attention(x["q"], x["k"], x["v"], window=WINDOW)
     ),
 }
 # Other uses of a kernel, by name.
 FORMS = {
-    "linear attention": Operation(
-        lambda T: dict(zip("qkv", torch.randn(3, B, T, H, P).unbind(), strict=True)),
-        lambda x: decay(x["q"], x["k"], x["v"])[0],
-    ),
-    "Mamba-2": Operation(_for_form(), lambda x: decay(*x.values())[0]),
-    "GLA": Operation(_for_form(P), lambda x: decay(*x.values())[0]),
+    "linear attention": Operation(_for_attention, lambda x: decay(x["q"], x["k"], x["v"])[0]),
+    "Mamba-2": Operation(_for_gla, lambda x: decay(*x.values())[0]),
+    "GLA": Operation(lambda T, s: _for_gla(T, s, s.head_width), lambda x: decay(*x.values())[0]),
     "Gated DeltaNet": Operation(_for_gated_delta, _delta),
-    "KDA": Operation(lambda T: _for_gated_delta(T, P), _delta),
+    "KDA": Operation(lambda T, s: _for_gated_delta(T, s, s.head_width), _delta),
     "no compiler": Operation(
         _for_selective_scan, lambda x: selective_scan(*x.values(), backend="chunked")[0]
     ),

@@ -18,10 +18,10 @@ from seqzoo.train.bench.operations import OPERATIONS
 IMPORT = "import time, torch; start = time.perf_counter(); import seqzoo"
 CALL = """
 import time, torch
-from seqzoo.train.bench.operations import OPERATIONS
+from seqzoo.train.bench.operations import OPERATIONS, SIZES
 torch.set_num_threads(1)
 make, run = OPERATIONS[{kernel!r}]
-inputs = make(64)
+inputs = make(64, SIZES["cpu"])
 start = time.perf_counter()
 run(inputs)
 """

@@ -2,7 +2,8 @@
 
 `seqzoo bench kernels` times each kernel and what it is compared with in turn, in one process, and
 prints medians, ratios and whether the project's goals are met on this machine. Believe the ratios,
-not the milliseconds. A ratio "x as fast" should be high; "x the time" should be low.
+not the milliseconds. A ratio "x as fast" should be high; "x the time" should be low. The floor is
+what a copy takes of the bytes that must be read and written, at the speed measured at the start.
 
 `seqzoo bench length` takes one training step (forward and backward) of a mixer at growing lengths:
 linear cost shows as time(4T) / time(T) near 4. Where transformers has the same layer, its plain
@@ -21,16 +22,20 @@ from pathlib import Path
 import torch
 
 from seqzoo.kernels.errors import check_positive, unknown
-from seqzoo.train.bench.cases import CASES
-from seqzoo.train.bench.compare import SECONDS, Row, compare
+from seqzoo.train.bench.cases import CASES, GPU_CASES
+from seqzoo.train.bench.compare import SECONDS, Row, compare, copy_speed
 from seqzoo.train.bench.length import by_length
-from seqzoo.train.bench.operations import OPERATIONS, SIZES
+from seqzoo.train.bench.operations import OPERATIONS, SIZES, WINDOW
 from seqzoo.train.bench.startup import starts
 from seqzoo.train.commands.doctor import version_of
 from seqzoo.train.commands.list import table
 
-HEAD = ("kernel", "what", "tokens", "ours", "other", "compared with", "ratio", "goal", "met", "")
-PACKAGES = ("seqzoo", "torch", "transformers", "mambapy", "fla-core")
+HEAD = (
+    *("kernel", "what", "tokens", "ours", "floor", "other", "compared with"),
+    *("ratio", "goal", "met", ""),
+)
+PACKAGES = ("seqzoo", "torch", "triton", "transformers", "mambapy", "fla-core")
+GPU_PACKAGES = ("mamba-ssm", "causal-conv1d", "flash-linear-attention")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -70,9 +75,9 @@ def _kernels(args: argparse.Namespace) -> None:
     for name in names:
         if name not in OPERATIONS:
             raise unknown("kernel to measure named", name, OPERATIONS)
-    rows = []
-    sys.stdout.write(_conditions(args) + "\n\n")
-    for row in _rows(names, args):
+    rows, speed = [], copy_speed(args.device)
+    sys.stdout.write(f"{_conditions(args)}\na copy moves {speed / 1e9:.1f} GB/s\n\n")
+    for row in _rows(names, args, speed):
         rows.append(row)
         sys.stderr.write(f"\r{len(rows)} measured")
     sys.stderr.write("\n")
@@ -80,14 +85,18 @@ def _kernels(args: argparse.Namespace) -> None:
     met = [row.met for row in rows if row.met is not None]
     sys.stdout.write(f"\n{sum(met)} of {len(met)} goals met\n")
     if args.json:
-        args.json.write_text(json.dumps(_record(args, rows), indent=1) + "\n")
+        args.json.write_text(json.dumps(_record(args, rows, speed), indent=1) + "\n")
 
 
-def _rows(names: list[str], args: argparse.Namespace) -> Iterator[Row]:
-    for case in CASES:
+def _rows(names: list[str], args: argparse.Namespace, speed: float) -> Iterator[Row]:
+    kind = _kind(args.device)
+    for case in CASES if kind == "cpu" else GPU_CASES:
         if case.kernel in names:
-            yield compare(case, repeats=args.repeats, device=args.device, full=args.full)
-    yield from starts(names)
+            yield compare(
+                case, repeats=args.repeats, device=args.device, full=args.full, speed=speed
+            )
+    if kind == "cpu":
+        yield from starts(names)
 
 
 def _cells(row: Row) -> tuple[str, ...]:
@@ -95,8 +104,9 @@ def _cells(row: Row) -> tuple[str, ...]:
         row.kernel,
         row.what,
         str(row.tokens or ""),
-        f"{row.ours_ms:.1f} ms",
-        "" if row.other_ms is None else f"{row.other_ms:.1f} ms",
+        _ms(row.ours_ms),
+        _ms(row.floor_ms),
+        _ms(row.other_ms),
         row.other,
         row.words,
         row.goal,
@@ -105,25 +115,49 @@ def _cells(row: Row) -> tuple[str, ...]:
     )
 
 
+def _ms(ms: float | None) -> str:
+    if ms is None:
+        return ""
+    return f"{ms:.1f} ms" if ms >= 10 else f"{ms:.3g} ms"
+
+
+def _kind(device: str) -> str:
+    return device.partition(":")[0]
+
+
+def _sizes(device: str) -> dict[str, int]:
+    return SIZES[_kind(device)]._asdict() | {"window": WINDOW}
+
+
+def _packages(device: str) -> tuple[str, ...]:
+    return PACKAGES if _kind(device) == "cpu" else (*PACKAGES, *GPU_PACKAGES)
+
+
+def _dtype(device: str) -> str:
+    return "float32" if _kind(device) == "cpu" else "bfloat16"
+
+
 def _conditions(args: argparse.Namespace) -> str:
-    sizes = ", ".join(f"{name} {size}" for name, size in SIZES.items())
-    versions = ", ".join(f"{name} {version_of(name)}" for name in PACKAGES)
+    sizes = ", ".join(f"{name} {size}" for name, size in _sizes(args.device).items())
+    versions = ", ".join(f"{name} {version_of(name)}" for name in _packages(args.device))
     return (
-        f"{_device(args.device)}, {args.threads} thread(s), float32, {sizes}\n"
+        f"{_device(args.device)}, {args.threads} thread(s), {_dtype(args.device)}, {sizes}\n"
         f"{versions}\nmedians of {args.repeats} runs, fewer where those take over {SECONDS:g} s"
     )
 
 
-def _record(args: argparse.Namespace, rows: list[Row]) -> dict[str, object]:
+def _record(args: argparse.Namespace, rows: list[Row], speed: float) -> dict[str, object]:
+    versions = {p: version_of(p) for p in _packages(args.device)}
     return {
         "device": _device(args.device),
+        "copy_bytes_per_second": speed,
         "platform": platform.platform(),
         "processors": os.cpu_count(),
         "threads": args.threads,
         "repeats": args.repeats,
-        "dtype": "float32",
-        "sizes": SIZES,
-        "versions": {"python": platform.python_version()} | {p: version_of(p) for p in PACKAGES},
+        "dtype": _dtype(args.device),
+        "sizes": _sizes(args.device),
+        "versions": {"python": platform.python_version()} | versions,
         "rows": [asdict(row) for row in rows],
     }
 
