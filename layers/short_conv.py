@@ -5,7 +5,7 @@
 O(T W) time, a state of W - 1 tokens. Many sequence mixers carry one inside (Mamba, DeltaNet, H3),
 and much of what they are credited with in recall is its work. Before a mixer that has none
 (`pattern: [short_conv, attention]`) it makes the two comparable. So et al., 2021, arXiv:2109.08668,
-section 4.2, put it behind the projections of attention; here it has norm and residual of its own.
+put it behind the projections of attention; here it has norm and residual of its own.
 """
 
 from typing import Literal, NamedTuple

@@ -98,7 +98,7 @@ SUITES: dict[str, dict[str, Any]] = {
         "task": {"name": "selective_copying", "length": 32, "tokens": 4, "vocab_size": 16},
         "lengths": [64],
         "steps": 1500,
-        "lr": 4e-3,
+        "lr": 2e-3,  # at 4e-3 one seed in three stays on a plateau
     },
 }
 SMALL_MAMBA = {

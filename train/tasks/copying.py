@@ -67,7 +67,7 @@ class MADSelectiveCopying(Task):
 
     Every blank picks a token at random to stand before. Ids 0 ... V-3 are data, V-2 the blank, V-1
     the mark; answers are asked at the `tokens` blanks after it. Poli et al., 2024,
-    arXiv:2403.17844, section 3 (athms/mad-lab, instances.py; theirs draws the places from numpy's
+    arXiv:2403.17844 (athms/mad-lab, instances.py; theirs draws the places from numpy's
     global generator).
 
     Attributes:

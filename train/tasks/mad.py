@@ -1,6 +1,6 @@
 """The other five tasks of MAD: recall in three kinds, compression, memorization.
 
-Poli et al., 2024, arXiv:2403.17844, section 3; defaults and distributions are those of the authors'
+Poli et al., 2024, arXiv:2403.17844; defaults and distributions are those of the authors'
 code (athms/mad-lab, mad/data/instances.py and configs/tasks). A row here has exactly `length`
 tokens, where theirs loses the last one to the shift of its labels.
 """

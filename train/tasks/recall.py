@@ -18,7 +18,7 @@ class MQAR(Task):
     even places after the pairs, place i is taken with odds power * i^(power - 1) among those left:
     most queries come soon. The answer, asked at the query itself, is its value. The distribution
     is that of the authors' code (HazyResearch/zoology, multiquery_ar.py). Arora et al., 2023,
-    arXiv:2312.04927, section 4.
+    arXiv:2312.04927.
 
     Attributes:
         length: T, even.
@@ -126,7 +126,7 @@ class Passkey(Task):
 
     filler, MARK d_1 ... d_n, filler, ASK d_1 ... d_n: answers are the digits after ASK, each given
     those before it. Ids 0 ... 9 are digits, 10 is MARK, 11 is ASK, the rest filler, drawn evenly.
-    The task of Mohtashami and Jaggi, 2023, arXiv:2305.16300, section 4.2, without its English.
+    The task of Mohtashami and Jaggi, 2023, arXiv:2305.16300, without its English.
 
     Attributes:
         length: T.
