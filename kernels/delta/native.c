@@ -214,7 +214,8 @@ void delta_forward(const REAL *q, const REAL *k, const REAL *value, const REAL *
             copy(K, V, V, states + task * K * V, V, x.S, x.V);
             for (i64 from = 0, n = 1; from < T; from += CHUNK, n++) {
                 i64 c = smaller(CHUNK, T - from), at = (task / H * T + from) * H + task % H;
-                begin(x, q + at * K, k + at * K, value + at * V, beta + at, g + at * G, c, H, K, V, G, CHUNK);
+                begin(x, q + at * K, k + at * K, value + at * V, beta + at, g + at * G, c, H, K, V, G,
+                      CHUNK);
                 product(CHUNK, x.V, x.K, x.qs, x.K, 1, x.S, x.V, x.o, x.V, 0);
                 product(CHUNK, x.V, CHUNK, x.A, CHUNK, 1, x.u, x.V, x.o, x.V, 1);
                 copy(c, V, V, x.o, x.V, o + at * V, H * V);
@@ -333,7 +334,8 @@ void delta_backward(const REAL *q, const REAL *k, const REAL *value, const REAL 
                 i64 from = n * CHUNK, c = smaller(CHUNK, T - from);
                 i64 at = (task / H * T + from) * H + task % H;
                 copy(K, V, V, states + (n * B * H + task) * K * V, V, x.S, x.V);
-                begin(x, q + at * K, k + at * K, value + at * V, beta + at, g + at * G, c, H, K, V, G, -CHUNK);
+                begin(x, q + at * K, k + at * K, value + at * V, beta + at, g + at * G, c, H, K, V, G,
+                      -CHUNK);
                 fill(c, V, x.V, d_o + at * V, H * V, x.o, -CHUNK);
                 back(x);
                 copy(c, K, K, x.dq, x.K, dq + at * K, H * K);
