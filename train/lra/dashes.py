@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 Bytes = NDArray[np.uint8]
+ONE = 1 << 16  # the weight of going straight on
 
 
 class Patch(NamedTuple):
@@ -91,9 +92,10 @@ class Fan:
     Attributes:
         ends: where the next dash may end, from the pivot, (C, 2).
         dashes: as seen from those ends.
-        steps: from the pivot to the next one, after the dash, (C, 2).
-        weight: of each end given the direction before, (C + 360, C): the rows are those of `ends`,
-            then whole degrees from 0.
+        steps: from the pivot to the next one, after the dash, (C + 360, 2).
+        weight: of each end given the direction before, (C + 360, C) whole numbers: the rows are
+            those of `ends`, then whole degrees from 0. Whole, so that a choice is the same on every
+            machine and in every language.
     """
 
     def __init__(self, shape: Shape, continuity: float) -> None:
@@ -106,11 +108,11 @@ class Fan:
         self.dashes = [draw(shape, float(a)) for a in back]
         step = shape.length + 2 * shape.margin
         self.steps = [displace(float(a), step) for a in angles]
-        self.seed_steps = [displace(_radians(d), step) for d in range(360)]
+        self.steps += [displace(_radians(d), step) for d in range(360)]
         before = np.concatenate([angles, [_radians(d) for d in range(360)]])
         turn = np.abs(angles - before[:, None])
         turn = np.minimum(np.minimum(turn, 2 * np.pi - turn) * continuity, np.pi / 2)
-        self.weight = np.maximum(_clean(np.cos(turn)), 0) ** 2
+        self.weight = np.round(np.maximum(_clean(np.cos(turn)), 0) ** 2 * ONE).astype(np.int64)
 
 
 @cache
@@ -127,9 +129,10 @@ def seed(shape: Shape, degree: int, shift: int) -> Seed:
     head = displace(angle, shape.length)
     behind = displace(angle + np.pi, shape.length + shape.margin)
     ys, xs = np.nonzero(dash.mask.pixels == 255)
-    room = [(int(y) + dash.mask.y + shift, int(x) + dash.mask.x + shift) for y, x in zip(ys, xs, strict=True)]
+    corner = (dash.mask.y + shift, dash.mask.x + shift)
+    places = ((int(y) + corner[0], int(x) + corner[1]) for y, x in zip(ys, xs, strict=True))
     limit = shape.length + shape.margin  # of the window in which the room was looked for
-    room = [(y, x) for y, x in room if max(abs(y), abs(x)) <= limit]
+    room = [(y, x) for y, x in places if max(abs(y), abs(x)) <= limit]
     return Seed(dash, head, (head[0] + behind[0], head[1] + behind[1]), room)
 
 
@@ -156,6 +159,7 @@ def draw(shape: Shape, angle: float) -> Dash:
     )
 
 
+@cache
 def disc(radius: float, scale: int) -> Patch:
     """A marker, as seen from the pixel it marks."""
     reach = int(np.ceil(radius)) + 1

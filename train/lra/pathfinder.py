@@ -7,6 +7,7 @@ arXiv:1805.08315; Kim et al., 2020, arXiv:1906.01558. The settings are those of 
 """
 
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -14,7 +15,8 @@ from numpy.typing import NDArray
 
 from seqzoo.kernels.errors import check_positive, unknown
 from seqzoo.train.lra.dashes import Patch, Shape, disc
-from seqzoo.train.lra.snakes import Drawn, Places, Rules, Snakes
+from seqzoo.train.lra.native import NativeSnakes
+from seqzoo.train.lra.snakes import Random, Rules, Snakes
 
 Arrays = dict[str, NDArray[Any]]
 LENGTHS = {"easy": 6, "intermediate": 9, "hard": 14}  # dashes of a target
@@ -137,60 +139,62 @@ class Pathfinder:
             and which one of the fan it is or, from the fan's size on, its degree; rows of zeros
             fill up; `markers` (N, 2, 3) int16, of each marker its snake, row and column.
         """
-        snakes = [Snakes(self.rules(margin)) for margin in self.look.margins]
-        most = max(s.rules.most for s in snakes)
-        made: dict[str, list[Any]] = {name: [] for name in ("images", "dashes", "markers")}
+        most = max(self.rules(margin).most for margin in self.look.margins)
+        made: dict[str, list[NDArray[Any]]] = {"images": [], "dashes": [], "markers": []}
         labels, margins = [], []
         for _ in range(self.images):
-            label = int(rng.integers(2))
-            which = snakes[int(rng.integers(len(snakes)))]
-            drawn = which.draw(rng)
-            first = int(rng.integers(2))
-            markers = ends(drawn, first, first if label else 1 - first)
-            made["images"].append(self.paint(drawn.dashes, markers, which.rules.shape.margin))
+            label, first = int(rng.integers(2)), int(rng.integers(2))
+            margin = self.look.margins[int(rng.integers(len(self.look.margins)))]
+            snakes, random = snakes_of(self.rules(margin)), Random(int(rng.integers(2**63)))
+            targets = snakes.targets(random)
+            dashes = targets.dashes + snakes.distractors(random, targets.board)
             rows = np.zeros((most, 4), np.int16)
-            rows[: len(drawn.dashes)] = drawn.dashes
+            rows[: len(dashes)] = np.array(dashes) - [0, snakes.pad, snakes.pad, 0]
+            tips = rows[[first, 2 * self.length - 2 + (first if label else 1 - first)]]
+            made["markers"].append(tips[:, :3])
             made["dashes"].append(rows)
-            made["markers"].append(np.array(markers, np.int16))
+            made["images"].append(self.paint(rows, tips[:, :3], margin))
             labels.append(label)
-            margins.append(which.rules.shape.margin)
+            margins.append(margin)
         arrays = {name: np.stack(values) for name, values in made.items()}
         small = {"labels": labels, "margins": margins}
         return arrays | {name: np.array(values, np.uint8) for name, values in small.items()}
 
-    def paint(self, dashes: NDArray[np.int16] | Places, markers: Places, margin: int) -> NDArray[np.uint8]:
+    def paint(
+        self, dashes: NDArray[np.int16], markers: NDArray[np.int16], margin: int
+    ) -> NDArray[np.uint8]:
         """The image of these dashes and markers, (R, R)."""
-        pictures = Snakes(self.rules(margin))
+        pictures = snakes_of(self.rules(margin))
         look, pad = self.look, pictures.pad
         image = np.zeros((self.resolution + 2 * pad,) * 2)
         target, distractor = look.faithful_ink if self.faithful else (look.ink, look.ink)
-        for snake, y, x, which in dashes:
+        for snake, y, x, which in dashes.tolist():
             if snake:
-                ink = pictures.dash(int(which)).ink
                 contrast = target if snake <= 2 else distractor
-                _paste(image, ink, int(y) + pad, int(x) + pad, contrast)
+                _paste(image, pictures.dash(which).ink, y + pad, x + pad, contrast)
         full = max(1.0, target, distractor)  # markers are as bright as anything gets
-        for _, y, x in markers:
-            _paste(image, disc(look.radius, SCALE), int(y) + pad, int(x) + pad, full)
+        for _, y, x in markers.tolist():
+            _paste(image, disc(look.radius, SCALE), y + pad, x + pad, full)
         inner = image[pad:-pad, pad:-pad]
         return np.round(inner / full).astype(np.uint8)
 
     def snake_map(self, dashes: NDArray[np.int16], margin: int) -> NDArray[np.uint8]:
         """Which snake each pixel belongs to, (R, R); 0 is nobody's."""
-        pictures = Snakes(self.rules(margin))
+        pictures = snakes_of(self.rules(margin))
         pad = pictures.pad
         owner, best = (np.zeros((self.resolution + 2 * pad,) * 2, np.uint8) for _ in range(2))
-        for snake, y, x, which in dashes[dashes[:, 0] > 0]:
-            ink = pictures.dash(int(which)).ink
-            seen, strongest = (ink.over(a, int(y) + pad, int(x) + pad) for a in (owner, best))
+        for snake, y, x, which in dashes[dashes[:, 0] > 0].tolist():
+            ink = pictures.dash(which).ink
+            seen, strongest = (ink.over(a, y + pad, x + pad) for a in (owner, best))
             seen[ink.pixels > strongest] = snake
             np.maximum(strongest, ink.pixels, out=strongest)
         return owner[pad:-pad, pad:-pad]
 
 
-def ends(drawn: Drawn, first: int, last: int) -> Places:
-    """The markers: the first tip of a target and the last tip of the same or the other one."""
-    return [(first + 1, *drawn.first[first]), (last + 1, *drawn.last[last])]
+@cache
+def snakes_of(rules: Rules) -> Snakes:
+    """What draws them, made once a process."""
+    return NativeSnakes(rules)
 
 
 def pathx(**options: Any) -> Pathfinder:  # noqa: ANN401
