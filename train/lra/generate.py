@@ -270,7 +270,9 @@ def _workers(processes: int) -> Iterator[Executor | None]:
     if processes == 1:
         yield None
         return
-    context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
+    # torch's threads do not survive a fork of this process; the server imports once for all.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
     with ProcessPoolExecutor(processes, mp_context=context) as pool:
         yield pool
 
