@@ -2,7 +2,8 @@
 
 Logged: `train/loss`, `train/tokens_per_second`, `train/aux_loss` where mixers add one, and their
 statistics by entry; `val/loss`, and `val/accuracy` or `val/bits_per_byte` (`val/bits_per_token`
-with a tokenizer other than bytes).
+with a tokenizer other than bytes). Beside an accuracy stand the floors that the data know of, as
+`val/floor_majority`; on generated data every name of these ends in `-gen`.
 """
 
 import math
@@ -11,20 +12,30 @@ from abc import abstractmethod
 from typing import Any, Literal
 
 from lightning.pytorch import LightningModule
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from seqzoo.kernels.errors import check_positive
-from seqzoo.train.optim import build_optimizer, build_schedule, override, parameter_groups
+from seqzoo.kernels.errors import check_positive, unknown
+from seqzoo.train.lra.models import ZooForPixels, ZooForRetrieval
+from seqzoo.train.optim import (
+    build_optimizer,
+    build_schedule,
+    override,
+    parameter_groups,
+    warmup_cosine,
+    warmup_linear,
+)
+from seqzoo.train.pretrain import OBJECTIVES, SelfPretraining
 from seqzoo.train.tokenizer import BOS, EOS, PAD, VOCAB_SIZE
 from seqzoo.zoo.config import DecoderSpec, ZooConfig
 from seqzoo.zoo.model import ZooForCausalLM, ZooForSequenceClassification, ZooPreTrainedModel
 
 Batch = dict[str, Tensor]
-LINKED = ("vocab_size", "n_classes")  # what the data tell the model
+LINKED = ("vocab_size", "n_classes", "real_valued")  # what the data tell the model
 
 
 class Training(LightningModule):
@@ -38,8 +49,9 @@ class Training(LightningModule):
         betas: of AdamW.
         ssm_lr: learning rate of state-space parameters; the smaller of `lr` and 0.001 when None.
         warmup_steps: steps over which the rate grows linearly.
-        schedule: what follows: a cosine down to `min_lr_ratio * lr`, or the constant rate.
-        min_lr_ratio: where the cosine ends.
+        schedule: what follows: a cosine or a line down to `min_lr_ratio * lr`, or the constant
+            rate.
+        min_lr_ratio: where the cosine or the line ends.
         compile: compile every entry of the stack by torch.compile.
         gradient_checkpointing: recompute activations in the backward pass: less memory, more time.
     """
@@ -54,7 +66,7 @@ class Training(LightningModule):
         betas: tuple[float, float] = (0.9, 0.95),
         ssm_lr: float | None = None,
         warmup_steps: int = 100,
-        schedule: Literal["cosine", "constant"] = "cosine",
+        schedule: Literal["cosine", "linear", "constant"] = "cosine",
         min_lr_ratio: float = 0.1,
         compile: bool = False,
         gradient_checkpointing: bool = False,
@@ -91,6 +103,11 @@ class Training(LightningModule):
     def evaluate(self, batch: Batch, stage: str) -> None:
         """Log what is measured on a batch of `val` or `test`."""
         raise NotImplementedError
+
+    @property
+    def first_steps(self) -> int:
+        """Steps of a phase of its own before the task, with the same schedule."""
+        return 0
 
     @property
     def network(self) -> ZooPreTrainedModel:
@@ -144,18 +161,26 @@ class Training(LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """AdamW and the schedule, advanced once a step."""
+        self.configure_model()
         optimizer = build_optimizer(
-            self.network, betas=tuple(self.hparams["betas"]), **self._group_settings()
+            self, betas=tuple(self.hparams["betas"]), **self._group_settings()
         )
         steps = self.trainer.estimated_stepping_batches
         if math.isinf(steps):
             raise ValueError("the schedule needs an end: give --trainer.max_steps or max_epochs")
-        cosine = self.hparams["schedule"] == "cosine"
+        if steps <= self.first_steps:
+            raise ValueError(
+                f"pretrain_steps={self.first_steps} is not allowed: nothing is left of the "
+                f"{int(steps)} steps in all; raise --trainer.max_steps"
+            )
+        constant = self.hparams["schedule"] == "constant"
         schedule = build_schedule(
             optimizer,
             warmup=self.hparams["warmup_steps"],
             total=int(steps),
-            floor=self.hparams["min_lr_ratio"] if cosine else 1.0,
+            floor=1.0 if constant else self.hparams["min_lr_ratio"],
+            shape=warmup_linear if self.hparams["schedule"] == "linear" else warmup_cosine,
+            first=self.first_steps,
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -165,7 +190,7 @@ class Training(LightningModule):
         optimizer, schedule = self.optimizers(use_pl_optimizer=False), self.lr_schedulers()
         assert isinstance(optimizer, Optimizer)
         assert isinstance(schedule, LambdaLR)
-        override(optimizer, schedule, parameter_groups(self.network, **self._group_settings()))
+        override(optimizer, schedule, parameter_groups(self, **self._group_settings()))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """What is needed to use the weights without the command line that made them."""
@@ -226,14 +251,26 @@ class Classification(Training):
     Args:
         decoder: the residual stack; `causal: false` lets every token see the whole sequence.
         n_classes: number of classes; the command line takes it from the data.
+        real_valued: read `pixel_values` instead of tokens; the command line takes it from the data.
+        self_pretrain: `masked` or `causal`: spend the first `pretrain_steps` of the run's steps on
+            telling the inputs' own tokens, then go on with the task from those weights, with a new
+            optimizer and the schedule from its beginning. `causal` needs a causal decoder.
+        pretrain_steps: steps of that; the others, up to `--trainer.max_steps`, are the task's.
+        pretrain_rate: share of the tokens that `masked` hides; the data's own, or 0.15, when None.
         settings: those of `Training`.
     """
+
+    towers = 1  # documents of a sample
 
     def __init__(
         self,
         decoder: DecoderSpec,
         *,
         n_classes: int = 2,
+        real_valued: bool = False,
+        self_pretrain: str | None = None,
+        pretrain_steps: int = 1000,
+        pretrain_rate: float | None = None,
         **settings: Any,  # noqa: ANN401
     ) -> None:
         super().__init__(decoder, **settings)
@@ -242,11 +279,68 @@ class Classification(Training):
                 f"n_classes={n_classes} is not allowed: a classifier needs data with classes, as "
                 "Labelled has them"
             )
-        self.save_hyperparameters({"n_classes": n_classes})
+        check_positive(pretrain_steps=pretrain_steps)
+        if self_pretrain is not None and self_pretrain not in OBJECTIVES:
+            raise unknown("self_pretrain", self_pretrain, OBJECTIVES)
+        if self_pretrain == "causal" and not self.decoder.causal:
+            raise ValueError(
+                "self_pretrain=causal is not allowed: this decoder reads both ways; take masked, "
+                "or a decoder with `causal: true`"
+            )
+        if pretrain_rate is not None and not 0 < pretrain_rate < 1:
+            raise ValueError(f"pretrain_rate={pretrain_rate} is not allowed; it must be in (0, 1)")
+        more = {"self_pretrain": self_pretrain, "pretrain_steps": pretrain_steps}
+        more |= {"n_classes": n_classes, "real_valued": bool(real_valued)}
+        self.save_hyperparameters({**more, "pretrain_rate": pretrain_rate})
+        self.pretraining: SelfPretraining | None = None
+
+    @property
+    def first_steps(self) -> int:
+        """Steps of self-pretraining."""
+        return int(self.hparams["pretrain_steps"]) if self.hparams["self_pretrain"] else 0
 
     def build(self) -> ZooPreTrainedModel:
         """See `Training.build`."""
-        return ZooForSequenceClassification(self.config(num_labels=self.hparams["n_classes"]))
+        kind = ZooForPixels if self.hparams["real_valued"] else ZooForSequenceClassification
+        return kind(self.config(num_labels=self.hparams["n_classes"]))
+
+    def configure_model(self) -> None:
+        """See `Training.configure_model`."""
+        super().configure_model()
+        if self.pretraining is None and self.hparams["self_pretrain"]:
+            objective, size = self.hparams["self_pretrain"], self.hparams["vocab_size"]
+            self.pretraining = SelfPretraining(objective, self.decoder.d_model, size)
+
+    def setup(self, stage: str) -> None:
+        """Refuse pairs of documents where one is read, and the other way round."""
+        towers = getattr(self._data, "towers", 1)
+        if towers != self.towers:
+            model = "Retrieval" if towers == 2 else "Classification"
+            raise ValueError(
+                f"these data hold {towers} document(s) a sample and {type(self).__name__} reads "
+                f"{self.towers}; give --model {model}"
+            )
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """The task begins with an optimizer that knows nothing of what was before."""
+        if self.first_steps and self.global_step == self.first_steps:
+            optimizer = self.optimizers(use_pl_optimizer=False)
+            assert isinstance(optimizer, Optimizer)
+            optimizer.state.clear()
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """The loss of the phase the run is in."""
+        if self.global_step >= self.first_steps:
+            return super().training_step(batch, batch_idx)
+        network = self.network
+        assert self.pretraining is not None
+        given = self.hparams["pretrain_rate"]
+        rate = getattr(self._data, "mask_rate", 0.15) if given is None else given
+        out = self.pretraining(network, batch, rate)
+        self.log("train/pretrain_loss", out.loss, prog_bar=True)
+        self._clock.tokens += batch["input_ids"].numel()
+        loss: Tensor = out.loss
+        return loss
 
     def evaluate(self, batch: Batch, stage: str) -> None:
         """Loss and share of right answers."""
@@ -255,17 +349,55 @@ class Classification(Training):
             f"{stage}/loss": cross_entropy(logits, labels),
             f"{stage}/accuracy": (logits.argmax(-1) == labels).float().mean(),
         }
-        self.log_dict(figures, batch_size=len(labels), prog_bar=True, sync_dist=True)
+        shown = {f"{name}{self._suffix}": value for name, value in figures.items()}
+        self.log_dict(shown, batch_size=len(labels), prog_bar=True, sync_dist=True)
+        if self._suffix and self.trainer.state.fn == TrainerFn.FITTING:
+            # What checkpoints are chosen by has one name whatever the data; nobody is shown it.
+            self.log_dict(figures, batch_size=len(labels), logger=False, sync_dist=True)
+
+    def on_validation_epoch_end(self) -> None:
+        """The floors beside the accuracy."""
+        self._log_floors("val")
+
+    def on_test_epoch_end(self) -> None:
+        """The floors beside the accuracy."""
+        self._log_floors("test")
 
     def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, Any]]:
         """Class and probabilities of every row."""
         chances = self._logits(batch).softmax(-1).tolist()
         return [{"class": row.index(max(row)), "probabilities": row} for row in chances]
 
+    @property
+    def _data(self) -> Any:  # noqa: ANN401  # any data module
+        return getattr(self.trainer, "datamodule", None)
+
+    @property
+    def _suffix(self) -> str:
+        return str(getattr(self._data, "suffix", ""))
+
+    def _log_floors(self, stage: str) -> None:
+        known = getattr(self._data, "floors", {}).get(stage, {})
+        named = {f"{stage}/floor_{name}{self._suffix}": value for name, value in known.items()}
+        self.log_dict(named)
+
     def _logits(self, batch: Batch) -> Tensor:
         inputs = {name: value for name, value in batch.items() if name != "labels"}
         logits: Tensor = self.network(**inputs).logits.float()
         return logits
+
+
+class Retrieval(Classification):
+    """Tell whether two documents belong together: one stack reads each, a head compares.
+
+    Takes what `Classification` takes.
+    """
+
+    towers = 2
+
+    def build(self) -> ZooPreTrainedModel:
+        """See `Training.build`."""
+        return ZooForRetrieval(self.config(num_labels=self.hparams["n_classes"]))
 
 
 class _Clock:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from torch import Tensor
 
 from seqzoo.train.checkpoint import SafeCheckpointIO
-from seqzoo.train.module import Classification, LanguageModelling, Training
+from seqzoo.train.module import Classification, LanguageModelling, Retrieval, Training
 from seqzoo.train.tokenizer import byte_tokenizer
 
 if TYPE_CHECKING:
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from seqzoo.zoo.model import ZooPreTrainedModel
 
 TASKS: dict[str, type[Training]] = {
-    cls.__name__: cls for cls in (LanguageModelling, Classification)
+    cls.__name__: cls for cls in (LanguageModelling, Classification, Retrieval)
 }
 
 

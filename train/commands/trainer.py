@@ -115,7 +115,7 @@ class Cli(LightningCLI):
         parser.set_defaults(
             {"model": {"class_path": "LanguageModelling"}, "data": {"class_path": "Stdlib"}}
         )
-        for name in ("vocab_size", "n_classes"):
+        for name in LINKED:
             parser.link_arguments(
                 "data",
                 f"model.init_args.{name}",
