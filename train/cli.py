@@ -36,6 +36,7 @@ COMMANDS = {
     "export": Command("turn a checkpoint into a Hugging Face folder", "export"),
     "import": Command("turn published weights into a Hugging Face folder of seqzoo", "import_"),
     "bench": Command("time a mixer against its own shorter runs", "bench"),
+    "lra": Command("make samples of Long-Range Arena's ListOps or Pathfinder", "lra"),
     "demo": Command("train two models that differ in one layer and compare them", "demo"),
 }
 EXAMPLES = """\

@@ -19,8 +19,8 @@ from torch.nn.functional import cross_entropy
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from seqzoo.kernels.errors import check_positive, unknown
-from seqzoo.train.lra.models import ZooForPixels, ZooForRetrieval
+from seqzoo.kernels.errors import check_positive
+from seqzoo.train.lra.models import ZooForPixels
 from seqzoo.train.optim import (
     build_optimizer,
     build_schedule,
@@ -29,7 +29,7 @@ from seqzoo.train.optim import (
     warmup_cosine,
     warmup_linear,
 )
-from seqzoo.train.pretrain import OBJECTIVES, SelfPretraining
+from seqzoo.train.pretrain import SelfPretraining, check_pretraining
 from seqzoo.train.tokenizer import BOS, EOS, PAD, VOCAB_SIZE
 from seqzoo.zoo.config import DecoderSpec, ZooConfig
 from seqzoo.zoo.model import ZooForCausalLM, ZooForSequenceClassification, ZooPreTrainedModel
@@ -279,16 +279,7 @@ class Classification(Training):
                 f"n_classes={n_classes} is not allowed: a classifier needs data with classes, as "
                 "Labelled has them"
             )
-        check_positive(pretrain_steps=pretrain_steps)
-        if self_pretrain is not None and self_pretrain not in OBJECTIVES:
-            raise unknown("self_pretrain", self_pretrain, OBJECTIVES)
-        if self_pretrain == "causal" and not self.decoder.causal:
-            raise ValueError(
-                "self_pretrain=causal is not allowed: this decoder reads both ways; take masked, "
-                "or a decoder with `causal: true`"
-            )
-        if pretrain_rate is not None and not 0 < pretrain_rate < 1:
-            raise ValueError(f"pretrain_rate={pretrain_rate} is not allowed; it must be in (0, 1)")
+        check_pretraining(self.decoder, self_pretrain, pretrain_steps, pretrain_rate)
         more = {"self_pretrain": self_pretrain, "pretrain_steps": pretrain_steps}
         more |= {"n_classes": n_classes, "real_valued": bool(real_valued)}
         self.save_hyperparameters({**more, "pretrain_rate": pretrain_rate})
@@ -385,19 +376,6 @@ class Classification(Training):
         inputs = {name: value for name, value in batch.items() if name != "labels"}
         logits: Tensor = self.network(**inputs).logits.float()
         return logits
-
-
-class Retrieval(Classification):
-    """Tell whether two documents belong together: one stack reads each, a head compares.
-
-    Takes what `Classification` takes.
-    """
-
-    towers = 2
-
-    def build(self) -> ZooPreTrainedModel:
-        """See `Training.build`."""
-        return ZooForRetrieval(self.config(num_labels=self.hparams["n_classes"]))
 
 
 class _Clock:

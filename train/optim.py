@@ -110,8 +110,8 @@ def build_schedule(
 ) -> LambdaLR:
     """`two_phases` of `shape` as a scheduler to be advanced once an optimiser step."""
     # functools.partial, not a lambda: its state is nothing, so checkpoints carry only numbers.
-    settings = {"warmup": warmup, "total": total, "floor": floor}
-    return LambdaLR(optimizer, partial(two_phases, shape=shape, first=first, **settings))
+    factor = partial(two_phases, shape=shape, first=first, warmup=warmup, total=total, floor=floor)
+    return LambdaLR(optimizer, factor)
 
 
 def override(optimizer: Optimizer, schedule: LambdaLR, groups: list[dict[str, Any]]) -> None:

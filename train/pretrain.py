@@ -11,13 +11,35 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from seqzoo.kernels.errors import check_positive, unknown
 from seqzoo.train.lra.models import embed, rows
 from seqzoo.zoo.base import ZooOutput, ZooPreTrainedModel
+from seqzoo.zoo.config import DecoderSpec
 from seqzoo.zoo.inputs import make_context
 from seqzoo.zoo.losses import next_token_loss, with_auxiliary
 
 OBJECTIVES = ("masked", "causal")
 Batch = dict[str, Tensor]
+
+
+def check_pretraining(
+    decoder: DecoderSpec, objective: str | None, steps: int, rate: float | None
+) -> None:
+    """Refuse what cannot be done.
+
+    Raises:
+        ValueError: the option, its value and what is allowed.
+    """
+    check_positive(pretrain_steps=steps)
+    if objective is not None and objective not in OBJECTIVES:
+        raise unknown("self_pretrain", objective, OBJECTIVES)
+    if objective == "causal" and not decoder.causal:
+        raise ValueError(
+            "self_pretrain=causal is not allowed: this decoder reads both ways; take masked, or a "
+            "decoder with `causal: true`"
+        )
+    if rate is not None and not 0 < rate < 1:
+        raise ValueError(f"pretrain_rate={rate} is not allowed; it must be between 0 and 1")
 
 
 class SelfPretraining(nn.Module):

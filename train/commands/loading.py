@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from torch import Tensor
 
 from seqzoo.train.checkpoint import SafeCheckpointIO
-from seqzoo.train.module import Classification, LanguageModelling, Retrieval, Training
+from seqzoo.train.module import Classification, LanguageModelling, Training
+from seqzoo.train.retrieval import Retrieval
 from seqzoo.train.tokenizer import byte_tokenizer
 
 if TYPE_CHECKING:

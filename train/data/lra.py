@@ -12,8 +12,9 @@ import numpy as np
 
 from seqzoo.kernels.errors import unknown
 from seqzoo.train.data.base import Tokens
+from seqzoo.train.data.loader import Rows
 from seqzoo.train.data.lra_sources import TASKS, Data, Found, Request, Task, fetch
-from seqzoo.train.data.sequences import DocumentPairs, Images, Rows, Sequences
+from seqzoo.train.data.sequences import DocumentPairs, Images, Sequences
 from seqzoo.train.lra.floors import floors
 from seqzoo.train.lra.formats import Pairs, Ragged
 

@@ -125,7 +125,9 @@ def _released(request: Request) -> Found | None:
             raise unknown("difficulty", request.difficulty, formats.SUBSETS)
         below = f"pathfinder{PATHFINDERS[task]}/{formats.SUBSETS[request.difficulty]}"
         folder = formats.find(root, below)
-        return folder and _found("release", task, _by_tenths(formats.index_pathfinder(folder)))
+        if folder is None:
+            return None
+        return _found("release", task, _by_tenths(formats.index_pathfinder(folder)))
     names = RELEASED[task]
     paths = {part: formats.find(root, name) for part, name in names.items()}
     if not any(paths.values()):
@@ -200,13 +202,13 @@ def _hub(request: Request) -> Found | None:
     columns = ("text", "label") if request.task == "text" else ("img", "label")
     train, test = (formats.read_hub(name, split, columns) for split in ("train", "test"))
     if request.task == "text":
-        halves = ([(text, str(label)) for text, label in rows] for rows in (train, test))
-        return _found("hub", "text", _texts(*halves, request))
-    pictures = (
+        first, second = ([(text, str(y)) for text, y in rows] for rows in (train, test))
+        return _found("hub", "text", _texts(first, second, request))
+    shown, unseen = (
         Pictures(np.stack([formats.luma(x) for x, _ in rows]), np.array([y for _, y in rows]))
         for rows in (train, test)
     )
-    return _found("hub", "image", _last_tenth(*pictures))
+    return _found("hub", "image", _last_tenth(shown, unseen))
 
 
 def _last_tenth(train: Pictures, test: Pictures) -> Parts:
@@ -219,9 +221,7 @@ def _last_tenth(train: Pictures, test: Pictures) -> Parts:
     }
 
 
-def _texts(
-    train: list[tuple[str, str]], test: list[tuple[str, str]], request: Request
-) -> Parts:
+def _texts(train: list[tuple[str, str]], test: list[tuple[str, str]], request: Request) -> Parts:
     """Bytes; a tenth of the training texts is held out, or as published the test texts are both."""
     train, val = (train, test) if request.official_val else hold_out(train, request.seed)
     parts: Parts = {}

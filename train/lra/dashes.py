@@ -1,7 +1,7 @@
 """The dashes that Pathfinder's snakes are made of: small pictures, drawn once and then looked up.
 
 A dash ends at one of the pixels on a circle around a pivot and points at the pivot, so there are as
-many dashes as such pixels, whatever the place in the image. Angles are in radians, y grows downward.
+many dashes as such pixels, wherever they are drawn. Angles are in radians; y grows downward.
 """
 
 from functools import cache, lru_cache

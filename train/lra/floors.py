@@ -14,9 +14,7 @@ def majority(train: Labels, test: Labels) -> float:
     return float((np.asarray(test) == np.bincount(train).argmax()).mean())
 
 
-def by_key(
-    train_keys: Labels, train: Labels, test_keys: Labels, test: Labels
-) -> float:
+def by_key(train_keys: Labels, train: Labels, test_keys: Labels, test: Labels) -> float:
     """Accuracy of giving, for each key, the label that was commonest with it in training.
 
     With ListOps the key is the first token: the floor of a model that reads no further. Keys that

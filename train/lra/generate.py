@@ -23,14 +23,18 @@ from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
+from tqdm import tqdm  # type: ignore[import-untyped]  # it has no stubs
 
 from seqzoo.kernels.errors import check_positive
 
 Arrays = dict[str, NDArray[Any]]
 FORMAT = 1  # of the folder; another number is made anew
 MANIFEST = "manifest.json"
-SPLITS = ("test", "val", "train")  # in this order: what is tested on does not depend on train's size
+SPLITS = (
+    "test",
+    "val",
+    "train",
+)  # in this order: what is tested on does not depend on train's size
 
 
 class Source(Protocol):
@@ -153,7 +157,7 @@ def _write_split(
     count: int,
     stream: Iterator[Arrays],
     seen: set[bytes],
-    bar: "tqdm[Any]",
+    bar: tqdm,
 ) -> dict[str, str]:
     """The first `count` samples that no split has yet, as files; their digests."""
     writers: dict[str, _Writer] = {}

@@ -241,5 +241,4 @@ def _apply(operator: int, values: Sequence[int]) -> int:
     if operator == MED:
         ranked = sorted(values)
         return (ranked[(len(ranked) - 1) // 2] + ranked[len(ranked) // 2]) // 2
-    simple = {MIN: min, MAX: max, SM: lambda v: sum(v) % 10}
-    return int(simple[operator](values))
+    return sum(values) % 10 if operator == SM else min(values) if operator == MIN else max(values)

@@ -64,7 +64,7 @@ class ZooForRetrieval(ZooPreTrainedModel):  # type: ignore[no-untyped-call]
 
 
 class ZooForPixels(ZooForSequenceClassification):
-    """A classifier of real-valued sequences: a linear map of each number takes the embedding's place."""
+    """A classifier of real numbers: a linear map of each takes the embedding's place."""
 
     def __init__(self, config: ZooConfig) -> None:
         super().__init__(config)

@@ -35,7 +35,9 @@ class NativeSnakes(Snakes):
         boards = self._tables["empty"].repeat(1 + apart, 1, 1, 1)
         state = torch.from_numpy(np.array([random.state], np.uint64).view(np.int64))
         dashes = torch.zeros(2 * self.rules.dashes, 4, dtype=torch.int64)
-        call(build(SOURCE, "float"), "seqzoo_targets", *self._tables.values(), boards, state, dashes)
+        call(
+            build(SOURCE, "float"), "seqzoo_targets", *self._tables.values(), boards, state, dashes
+        )
         random.state = int(state.numpy().view(np.uint64)[0])
         mask, opened = boards[0].numpy()
         return Targets([tuple(row) for row in dashes.tolist()], Board(mask, opened))

@@ -6,7 +6,7 @@ last tip of the same target (label 1) or of the other (label 0). Linsley et al.,
 arXiv:1805.08315; Kim et al., 2020, arXiv:1906.01558. The settings are those of Long-Range Arena.
 """
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cache
 from typing import Any, ClassVar, NamedTuple
 
@@ -195,11 +195,6 @@ class Pathfinder:
 def snakes_of(rules: Rules) -> Snakes:
     """What draws them, made once a process."""
     return NativeSnakes(rules)
-
-
-def pathx(**options: Any) -> Pathfinder:  # noqa: ANN401
-    """Path-X: Pathfinder at 128 pixels, read as 16,384 tokens."""
-    return replace(Pathfinder(resolution=128), **options)
 
 
 def _paste(image: NDArray[np.float64], patch: Patch, y: int, x: int, contrast: float) -> None:
