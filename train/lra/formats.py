@@ -12,6 +12,7 @@ import io
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -214,10 +215,14 @@ def read_cifar(path: Path) -> Pictures:
     Raises:
         ValueError: an archive without them.
     """
-    with np.load(path, allow_pickle=False) as file:
-        if not {"x", "y"} <= set(file.files):
-            raise ValueError(f"{path} holds {', '.join(file.files)}; it must hold x and y")
-        x, y = file["x"], file["y"]
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+    except (ValueError, OSError, BadZipFile) as error:
+        raise ValueError(f"{path} is no archive of plain arrays: {error}") from error
+    if not {"x", "y"} <= set(arrays):
+        raise ValueError(f"{path} holds {', '.join(arrays)}; it must hold x and y")
+    x, y = arrays["x"], arrays["y"]
     if x.dtype != np.uint8 or x.shape[1:] != (32, 32) or len(x) != len(y):
         raise ValueError(f"{path}: x is {x.dtype} {x.shape}; it must be uint8 (N, 32, 32)")
     return Pictures(x.reshape(len(x), -1), y.astype(np.int64))

@@ -16,7 +16,7 @@ import sys
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -162,17 +162,19 @@ def _write_split(
     """The first `count` samples that no split has yet, as files; their digests."""
     writers: dict[str, _Writer] = {}
     done = 0
-    for block in stream:
-        fresh = _fresh(block, seen, count - done)
-        done += len(fresh["labels"])
-        for field, values in fresh.items():
-            if field not in writers:
-                writers[field] = _Writer(folder / f"{split}-{field}.npy")
-            writers[field].add(values)
-        bar.update(len(fresh["labels"]))
-        if done == count:
-            break
-    return {writer.path.name: writer.close() for writer in writers.values()}
+    with ExitStack() as files:
+        for block in stream:
+            fresh = _fresh(block, seen, count - done)
+            done += len(fresh["labels"])
+            for field, values in fresh.items():
+                if field not in writers:
+                    path = folder / f"{split}-{field}.npy"
+                    writers[field] = files.enter_context(_Writer(path))
+                writers[field].add(values)
+            bar.update(len(fresh["labels"]))
+            if done == count:
+                break
+    return {writer.path.name: writer.finish() for writer in writers.values()}
 
 
 def _fresh(block: Arrays, seen: set[bytes], room: int) -> Arrays:
@@ -207,9 +209,14 @@ class _Writer:
         self.like, self.rows = values[:0], self.rows + len(values)
         self.file.write(np.ascontiguousarray(values).tobytes())
 
-    def close(self) -> str:
-        """Put the file in its place and return its SHA-256."""
+    def __enter__(self) -> "_Writer":
+        return self
+
+    def __exit__(self, *error: object) -> None:
         self.file.close()
+
+    def finish(self) -> str:
+        """Put the file in its place and return its SHA-256."""
         assert self.like is not None
         temporary = self.path.with_name(f".{self.path.name}.partial")
         with temporary.open("wb") as file, self.body.open("rb") as body:
@@ -274,9 +281,8 @@ def _workers(processes: int) -> Iterator[Executor | None]:
     if processes == 1:
         yield None
         return
-    # torch's threads do not survive a fork of this process; the server imports once for all.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
+    # torch's threads do not survive a fork, and a fork server would not know of this sys.path.
+    context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(processes, mp_context=context) as pool:
         yield pool
 
