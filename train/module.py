@@ -328,7 +328,11 @@ class Classification(Training):
         given = self.hparams["pretrain_rate"]
         rate = getattr(self._data, "mask_rate", 0.15) if given is None else given
         out = self.pretraining(network, batch, rate)
-        self.log("train/pretrain_loss", out.loss, prog_bar=True)
+        self.log("train/pretrain_loss", out.loss, prog_bar=True, logger=False)
+        if self.global_step % getattr(self.trainer, "log_every_n_steps", 1) == 0:
+            # Through Lightning's own log it would be repeated to the end of the epoch.
+            for logger in self.loggers:
+                logger.log_metrics({"train/pretrain_loss": out.loss.item()}, self.global_step)
         self._clock.tokens += batch["input_ids"].numel()
         loss: Tensor = out.loss
         return loss

@@ -41,7 +41,7 @@ class LRA(Tokens):
         generator: other options of the generator; see `seqzoo.train.lra`.
         cache: where generated data are kept; ~/.cache/seqzoo/lra when None.
         processes: how many generate; one for each core when None.
-        length: tokens of a row; the task's own when None.
+        max_length: tokens of a row at most; the task's own when None.
         batch_size: rows of a batch on one device.
         num_workers: processes that build batches.
         seed: of the split, of the order and of generated samples.
@@ -60,8 +60,8 @@ class LRA(Tokens):
         generator: dict[str, Any] | None = None,
         cache: str | None = None,
         processes: int | None = None,
-        length: int | None = None,
-        batch_size: int = 32,
+        max_length: int | None = None,
+        batch_size: int = 8,
         num_workers: int = 0,
         seed: int = 0,
     ) -> None:
@@ -69,7 +69,8 @@ class LRA(Tokens):
             raise unknown("task", task, TASKS)
         self.fixed: Task = TASKS[task]
         super().__init__(
-            length=self.fixed.length if length is None else length,
+            # Another name than `length`: the command line would hand the default data's 512 on.
+            length=self.fixed.length if max_length is None else max_length,
             batch_size=batch_size,
             num_workers=num_workers,
             seed=seed,
@@ -82,7 +83,8 @@ class LRA(Tokens):
             raise ValueError(f"pixels=values is not allowed; {task} has no pixels")
         if self.fixed.side and self.length != self.fixed.length:
             raise ValueError(
-                f"length={length} is not allowed; images of {task} are {self.fixed.length} tokens"
+                f"max_length={max_length} is not allowed; images of {task} are "
+                f"{self.fixed.length} tokens"
             )
         place = root or os.environ.get("SEQZOO_DATA")
         if root and not Path(root).expanduser().is_dir():

@@ -147,9 +147,10 @@ def test_same_distribution_as_one_tree_after_another(options, plain, roots, bloc
         ListOps(**{**options, "max_args": 8}, roots=roots).block(np.random.default_rng([8, i]))
         for i in range(blocks)
     )
-    assert distance(other[:, 0], expected[:, 0]) > 1 or homogeneity(
-        other[:, 2], expected[:, 2], 10
-    ) > 2.8
+    assert (
+        distance(other[:, 0], expected[:, 0]) > 1
+        or homogeneity(other[:, 2], expected[:, 2], 10) > 2.8
+    )
 
 
 def test_floors_are_those_of_the_specification():
@@ -157,7 +158,9 @@ def test_floors_are_those_of_the_specification():
     half = len(ours) // 2
     train, test = ours[:half], ours[half:]
     assert majority(train[:, 2], test[:, 2]) == pytest.approx(0.174, abs=0.02)
-    assert by_key(train[:, 1], train[:, 2], test[:, 1], test[:, 2]) == pytest.approx(0.365, abs=0.03)
+    assert by_key(train[:, 1], train[:, 2], test[:, 1], test[:, 2]) == pytest.approx(
+        0.365, abs=0.03
+    )
 
 
 def test_floors_are_learned_from_the_training_split_alone():
