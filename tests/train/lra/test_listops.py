@@ -23,7 +23,7 @@ def one_by_one(rng, count, *, min_length=500, max_length=2000, max_depth=10, max
     Returns (N, 3): length, root operator, value, computed on the way by other code than ours.
     """
 
-    class TooLong(Exception):
+    class TooLongError(Exception):
         pass
 
     def node(depth, out):
@@ -36,7 +36,7 @@ def one_by_one(rng, count, *, min_length=500, max_length=2000, max_depth=10, max
         values = [node(depth + 1, out) for _ in range(rng.randint(2, max_args))]
         out.append("]")
         if len(out) >= max_length + 20:
-            raise TooLong
+            raise TooLongError
         middle = int(np.median(values))
         return {"[MIN": min(values), "[MAX": max(values), "[MED": middle}.get(
             name, sum(values) % 10
@@ -47,7 +47,7 @@ def one_by_one(rng, count, *, min_length=500, max_length=2000, max_depth=10, max
         out = []
         try:
             value = node(1, out)
-        except TooLong:
+        except TooLongError:
             continue
         if min_length < len(out) < max_length:
             kept.append((len(out), OPERATORS.index(out[0]), value))

@@ -210,7 +210,7 @@ def test_released_pathfinder_skips_the_empty_image_and_splits_by_position(tmp_pa
 def test_other_difficulties_are_other_folders(tmp_path):
     write_pathfinder(tmp_path, 32, "curv_baseline")
     LRA("pathfinder32", root=str(tmp_path), difficulty="easy").setup()
-    with pytest.raises(ValueError, match="no samples of pathfinder32 in .*looked for"):
+    with pytest.raises(ValueError, match=r"no samples of pathfinder32 in .*looked for"):
         LRA("pathfinder32", root=str(tmp_path)).setup()
     with pytest.raises(ValueError, match="no difficulty 'hart'; nearest: hard"):
         LRA("pathfinder32", root=str(tmp_path), difficulty="hart").setup()
@@ -261,7 +261,7 @@ def test_megas_files_keep_their_ids_above_the_padding(tmp_path):
     assert data.vocab_size == 9
     assert data.describe()["source"] == "mega"
     (tmp_path / "listops/label/valid.label").write_text("1\n0\n")
-    with pytest.raises(ValueError, match="has 1 lines and .* 2"):
+    with pytest.raises(ValueError, match=r"has 1 lines and .* 2"):
         LRA("listops", root=str(tmp_path)).setup()
 
 

@@ -86,7 +86,7 @@ def test_dashes_follow_one_another_at_the_right_distance(hard):
 
 
 def peaks(source, block):
-    """Of every dash that no marker hides: whether a target's, brightest pixel, ink at contrast 1."""
+    """Of every dash that no marker hides: is it a target's, its brightest pixel, its full ink."""
     snakes, rows = Snakes(source.rules(1)), []
     for image, dashes in zip(block["images"], block["dashes"], strict=True):
         frame = np.pad(image, snakes.pad)
