@@ -156,6 +156,8 @@ def test_pairs_and_single_documents_need_their_own_model(capsys, place):
     assert main([*words, "--model=Retrieval", *pretrained]) == 0
     module = load_module("runs/default/checkpoints/last.ckpt")
     assert isinstance(module, Retrieval)
+    assert main(["export", "runs/default/checkpoints/last.ckpt", "out"]) == 2
+    assert "holds a ZooForRetrieval; it must be one of ZooForCausalLM" in capsys.readouterr().err
     capsys.readouterr()
     assert main(["test", *pairs, *TRAINER, "--ckpt_path=last"]) == 0
     said = capsys.readouterr().out
@@ -181,6 +183,14 @@ def test_real_pixels_from_the_command_line(place):
     assert isinstance(module.network, ZooForPixels)
     metrics = place / "runs/default/logs/version_0/metrics.csv"
     assert len(rows_of(metrics, "train/pretrain_loss")) == 1
+
+
+def test_last_checkpoint_is_the_newest_while_the_monitor_does_not_improve(place):
+    words = ["--checkpoint.monitor=val/floor_majority-gen", "--trainer.max_steps=6"]
+    assert fit(*words) == 0  # a figure that never changes
+    folder = place / "runs/default/checkpoints"
+    assert torch.load(folder / "last.ckpt", weights_only=True)["global_step"] == 6
+    assert sorted(path.name for path in folder.glob("*.ckpt")) == ["last.ckpt", "step2.ckpt"]
 
 
 # Self-pretraining
