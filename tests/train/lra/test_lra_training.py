@@ -345,7 +345,18 @@ def test_pretraining_that_leaves_no_step_for_the_task_is_refused(capsys):
 PROTOCOLS = sorted((CONFIGS / "protocol").glob("*.yaml"))
 
 
-@pytest.mark.parametrize("path", PROTOCOLS, ids=lambda path: path.stem)
+QUICK = ("listops", "pathx")  # the others take as long and go wrong alike
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(
+            path, id=path.stem, marks=() if path.stem.endswith(QUICK) else pytest.mark.slow
+        )
+        for path in PROTOCOLS
+    ],
+)
 def test_protocols_go_over_their_task_and_can_be_built(capsys, path):
     task = CONFIGS / f"task/lra-{path.stem.partition('-')[2]}.yaml"
     assert main(["fit", "-c", str(task), "-c", str(path), "--print_config"]) == 0
