@@ -38,6 +38,7 @@ COMMANDS = {
     "gates": Command("train tiny models that must, or must not, solve synthetic tasks", "gates"),
     "ablate": Command("train a grid of small models that differ in their mixers", "ablate"),
     "bench": Command("time a mixer against its own shorter runs", "bench"),
+    "lra": Command("make samples of Long-Range Arena's ListOps or Pathfinder", "lra"),
     "demo": Command("train two models that differ in one layer and compare them", "demo"),
 }
 EXAMPLES = """\

@@ -1,10 +1,9 @@
-"""What is trained, as Lightning modules around the zoo's classes.
-
-A language model, a classifier of sequences, or one of tokens, for synthetic tasks.
+"""What every training shares, as a Lightning module around the zoo's classes; language models.
 
 Logged: `train/loss`, `train/tokens_per_second`, `train/aux_loss` where mixers add one, and their
-statistics by entry; `val/loss`, and `val/accuracy` or `val/bits_per_byte` (`val/bits_per_token`
-with a tokenizer other than bytes).
+statistics by entry; `val/loss`, and `val/bits_per_byte` (`val/bits_per_token` with a tokenizer
+other than bytes). The other tasks stand beside: `classification`, `token_classification`,
+`retrieval`.
 """
 
 import math
@@ -20,17 +19,22 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from seqzoo.kernels.errors import check_positive
-from seqzoo.train.optim import build_optimizer, build_schedule, override, parameter_groups
-from seqzoo.train.tasks.answers import READOUTS, answers
+from seqzoo.train.optim import (
+    build_optimizer,
+    build_schedule,
+    override,
+    parameter_groups,
+    warmup_cosine,
+    warmup_linear,
+)
 from seqzoo.train.tokenizer import BOS, EOS, PAD, VOCAB_SIZE
 from seqzoo.zoo.base import ZooOutput
 from seqzoo.zoo.config import DecoderSpec, ZooConfig
-from seqzoo.zoo.losses import IGNORED, with_auxiliary
-from seqzoo.zoo.model import ZooForCausalLM, ZooForSequenceClassification, ZooPreTrainedModel
+from seqzoo.zoo.model import ZooForCausalLM, ZooPreTrainedModel
 
 Batch = dict[str, Tensor]
 # What the data tell the model, and what it hears from data that do not know.
-LINKED: dict[str, Any] = {"vocab_size": 0, "n_classes": 0, "readout": ""}
+LINKED: dict[str, Any] = {"vocab_size": 0, "n_classes": 0, "readout": "", "real_valued": False}
 
 
 class Training(LightningModule):
@@ -44,11 +48,14 @@ class Training(LightningModule):
         betas: of AdamW.
         ssm_lr: learning rate of state-space parameters; the smaller of `lr` and 0.001 when None.
         warmup_steps: steps over which the rate grows linearly.
-        schedule: what follows: a cosine down to `min_lr_ratio * lr`, or the constant rate.
-        min_lr_ratio: where the cosine ends.
+        schedule: what follows: a cosine or a line down to `min_lr_ratio * lr`, or the constant
+            rate.
+        min_lr_ratio: where the cosine or the line ends.
         compile: compile every entry of the stack by torch.compile.
         gradient_checkpointing: recompute activations in the backward pass: less memory, more time.
     """
+
+    by_token = False  # whether labels belong to their own positions, unlike a language model's
 
     def __init__(
         self,
@@ -60,7 +67,7 @@ class Training(LightningModule):
         betas: tuple[float, float] = (0.9, 0.95),
         ssm_lr: float | None = None,
         warmup_steps: int = 100,
-        schedule: Literal["cosine", "constant"] = "cosine",
+        schedule: Literal["cosine", "linear", "constant"] = "cosine",
         min_lr_ratio: float = 0.1,
         compile: bool = False,
         gradient_checkpointing: bool = False,
@@ -99,6 +106,11 @@ class Training(LightningModule):
         raise NotImplementedError
 
     @property
+    def first_steps(self) -> int:
+        """Steps of a phase of its own before the task, with the same schedule."""
+        return 0
+
+    @property
     def network(self) -> ZooPreTrainedModel:
         """The model, built when it is not yet."""
         self.configure_model()
@@ -121,7 +133,7 @@ class Training(LightningModule):
     def setup(self, stage: str) -> None:
         """Refuse data whose labels mean something else to this module, before any step."""
         data = getattr(self.trainer, "datamodule", None)
-        if hasattr(data, "readout") and not isinstance(self, TokenClassification):
+        if hasattr(data, "readout") and not self.by_token:
             raise ValueError(
                 f"data {type(data).__name__} has an answer at each token; train it with "
                 "`--model TokenClassification`"
@@ -164,18 +176,26 @@ class Training(LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """AdamW and the schedule, advanced once a step."""
+        self.configure_model()
         optimizer = build_optimizer(
-            self.network, betas=tuple(self.hparams["betas"]), **self._group_settings()
+            self, betas=tuple(self.hparams["betas"]), **self._group_settings()
         )
         steps = self.trainer.estimated_stepping_batches
         if math.isinf(steps):
             raise ValueError("the schedule needs an end: give --trainer.max_steps or max_epochs")
-        cosine = self.hparams["schedule"] == "cosine"
+        if steps <= self.first_steps:
+            raise ValueError(
+                f"pretrain_steps={self.first_steps} is not allowed: nothing is left of the "
+                f"{int(steps)} steps in all; raise --trainer.max_steps"
+            )
+        constant = self.hparams["schedule"] == "constant"
         schedule = build_schedule(
             optimizer,
             warmup=self.hparams["warmup_steps"],
             total=int(steps),
-            floor=self.hparams["min_lr_ratio"] if cosine else 1.0,
+            floor=1.0 if constant else self.hparams["min_lr_ratio"],
+            shape=warmup_linear if self.hparams["schedule"] == "linear" else warmup_cosine,
+            first=self.first_steps,
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -185,7 +205,7 @@ class Training(LightningModule):
         optimizer, schedule = self.optimizers(use_pl_optimizer=False), self.lr_schedulers()
         assert isinstance(optimizer, Optimizer)
         assert isinstance(schedule, LambdaLR)
-        override(optimizer, schedule, parameter_groups(self.network, **self._group_settings()))
+        override(optimizer, schedule, parameter_groups(self, **self._group_settings()))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """What is needed to use the weights without the command line that made them."""
@@ -238,125 +258,6 @@ class LanguageModelling(Training):
         targets = batch["labels"][:, 1:]
         losses = cross_entropy(logits.transpose(1, 2), targets, reduction="none")
         return losses, targets != -100
-
-
-class Classification(Training):
-    """Tell the class of a sequence.
-
-    Args:
-        decoder: the residual stack; `causal: false` lets every token see the whole sequence.
-        n_classes: number of classes; the command line takes it from the data.
-        settings: those of `Training`.
-    """
-
-    def __init__(
-        self,
-        decoder: DecoderSpec,
-        *,
-        n_classes: int = 2,
-        **settings: Any,  # noqa: ANN401
-    ) -> None:
-        super().__init__(decoder, **settings)
-        if n_classes < 1:
-            raise ValueError(
-                f"n_classes={n_classes} is not allowed: a classifier needs data with classes, as "
-                "Labelled has them"
-            )
-        self.save_hyperparameters({"n_classes": n_classes})
-
-    def build(self) -> ZooPreTrainedModel:
-        """See `Training.build`."""
-        return ZooForSequenceClassification(self.config(num_labels=self.hparams["n_classes"]))
-
-    def evaluate(self, batch: Batch, stage: str) -> None:
-        """Loss and share of right answers."""
-        logits, labels = self._logits(batch), batch["labels"]
-        figures = {
-            f"{stage}/loss": cross_entropy(logits, labels),
-            f"{stage}/accuracy": (logits.argmax(-1) == labels).float().mean(),
-        }
-        self.log_dict(figures, batch_size=len(labels), prog_bar=True, sync_dist=True)
-
-    def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, Any]]:
-        """Class and probabilities of every row."""
-        chances = self._logits(batch).softmax(-1).tolist()
-        return [{"class": row.index(max(row)), "probabilities": row} for row in chances]
-
-    def _logits(self, batch: Batch) -> Tensor:
-        inputs = {name: value for name, value in batch.items() if name != "labels"}
-        logits: Tensor = self.network(**inputs).logits.float()
-        return logits
-
-
-class TokenClassification(Training):
-    """Give the answers that are asked for at some tokens, as the synthetic tasks do.
-
-    A label belongs to its own position, unlike a language model's; -100 asks for nothing.
-
-    Args:
-        decoder: the residual stack.
-        readout: `token` reads each answer at its own position; `last` decodes all of them from the
-            last one (an autoencoder). The command line takes it from the data.
-        settings: those of `Training`.
-    """
-
-    def __init__(
-        self,
-        decoder: DecoderSpec,
-        *,
-        readout: str = "token",
-        **settings: Any,  # noqa: ANN401
-    ) -> None:
-        super().__init__(decoder, **settings)
-        if readout not in READOUTS:
-            raise ValueError(
-                f"readout={readout!r} is not allowed; it must be {' or '.join(READOUTS)}, which "
-                "data with an answer at each token say, as Synthetic does"
-            )
-        self.save_hyperparameters({"readout": readout})
-
-    def build(self) -> ZooPreTrainedModel:
-        """See `Training.build`."""
-        return READOUTS[self.hparams["readout"]](self.config())
-
-    def output(self, batch: Batch) -> ZooOutput:
-        """See `Training.output`."""
-        out, total, _, asked = answers(self.network, batch)
-        out.loss = with_auxiliary(total / asked.clamp(min=1), out.aux_loss, self.training)
-        return out
-
-    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """See `evaluate`."""
-        self.evaluate(batch, "val", dataloader_idx)
-
-    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """See `evaluate`."""
-        self.evaluate(batch, "test", dataloader_idx)
-
-    def evaluate(self, batch: Batch, stage: str, number: int = 0) -> None:
-        """Loss and share of right answers; `val/accuracy_at_256` at another length."""
-        _, total, right, asked = answers(self.network, batch)
-        suffix = f"_at_{batch['input_ids'].shape[1]}" if number else ""
-        count = int(asked)
-        figures = {"loss": total / max(count, 1), "accuracy": right / max(count, 1)}
-        self.log_dict(
-            {f"{stage}/{name}{suffix}": value for name, value in figures.items()},
-            batch_size=count,
-            prog_bar=True,
-            sync_dist=True,
-            add_dataloader_idx=False,
-        )
-
-    def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, Any]]:
-        """Answers of every row by position, and whether they are right."""
-        said = self.network(input_ids=batch["input_ids"], use_cache=False).logits.argmax(-1)
-        rows = []
-        for ids, labels in zip(said, batch["labels"], strict=True):
-            asked = (labels != IGNORED).nonzero()[:, 0]
-            right = (ids == labels)[asked]
-            answer = dict(zip(map(str, asked.tolist()), ids[asked].tolist(), strict=True))
-            rows.append({"answers": answer, "right": int(right.sum()), "asked": len(asked)})
-        return rows
 
 
 class _Clock:

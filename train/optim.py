@@ -1,4 +1,4 @@
-"""AdamW with three parameter groups, and a linear warm-up followed by a cosine.
+"""AdamW with three parameter groups, and a linear warm-up followed by a cosine or a line.
 
 - `decay`: matrices. Weight decay.
 - `plain`: norms, biases, embeddings, anything one-dimensional. No weight decay.
@@ -8,6 +8,7 @@
 """
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -82,10 +83,35 @@ def warmup_cosine(step: int, *, warmup: int, total: int, floor: float) -> float:
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done))
 
 
-def build_schedule(optimizer: Optimizer, *, warmup: int, total: int, floor: float) -> LambdaLR:
-    """`warmup_cosine` as a scheduler to be advanced once an optimiser step."""
+def warmup_linear(step: int, *, warmup: int, total: int, floor: float) -> float:
+    """As `warmup_cosine`, with a straight line from 1 to `floor`."""
+    if step < warmup or step >= total:
+        return warmup_cosine(step, warmup=warmup, total=total, floor=floor)
+    return floor + (1 - floor) * (total - step) / max(1, total - warmup)
+
+
+def two_phases(
+    step: int, *, shape: Callable[..., float], first: int, warmup: int, total: int, floor: float
+) -> float:
+    """A schedule over the `first` steps, and the same again over the others."""
+    if step < first:
+        return shape(step, warmup=warmup, total=first, floor=floor)
+    return shape(step - first, warmup=warmup, total=total - first, floor=floor)
+
+
+def build_schedule(
+    optimizer: Optimizer,
+    *,
+    warmup: int,
+    total: int,
+    floor: float,
+    shape: Callable[..., float] = warmup_cosine,
+    first: int = 0,
+) -> LambdaLR:
+    """`two_phases` of `shape` as a scheduler to be advanced once an optimiser step."""
     # functools.partial, not a lambda: its state is nothing, so checkpoints carry only numbers.
-    return LambdaLR(optimizer, partial(warmup_cosine, warmup=warmup, total=total, floor=floor))
+    factor = partial(two_phases, shape=shape, first=first, warmup=warmup, total=total, floor=floor)
+    return LambdaLR(optimizer, factor)
 
 
 def override(optimizer: Optimizer, schedule: LambdaLR, groups: list[dict[str, Any]]) -> None:

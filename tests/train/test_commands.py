@@ -9,9 +9,10 @@ from lightning.pytorch import Trainer
 
 from seqzoo.kernels.dispatch import BACKENDS, Backend
 from seqzoo.layers import list_mixers, mixer_info
+from seqzoo.train.classification import Classification
 from seqzoo.train.cli import main
 from seqzoo.train.data import Text
-from seqzoo.train.module import Classification, LanguageModelling
+from seqzoo.train.module import LanguageModelling
 from seqzoo.zoo.config import DecoderSpec
 
 SPEC = {"d_model": 16, "pattern": ["rg_lru", "mlp"]}

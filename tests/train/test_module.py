@@ -9,7 +9,8 @@ import torch
 from lightning.pytorch import LightningDataModule, Trainer
 from torch import nn
 
-from seqzoo.train.module import Classification, LanguageModelling
+from seqzoo.train.classification import Classification
+from seqzoo.train.module import LanguageModelling
 from seqzoo.train.optim import build_optimizer, build_schedule, override, parameter_groups
 from seqzoo.train.optim import warmup_cosine as factor
 from seqzoo.zoo.config import DecoderSpec

@@ -12,7 +12,7 @@ from lightning.pytorch import Trainer
 from seqzoo.train.cli import main
 from seqzoo.train.data import Synthetic
 from seqzoo.train.data.synthetic import FreshLoader
-from seqzoo.train.module import TokenClassification
+from seqzoo.train.token_classification import TokenClassification
 from seqzoo.zoo.config import DecoderSpec
 
 IGNORED = -100

@@ -17,8 +17,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Write the folder and say where it is."""
     from seqzoo.train.commands.loading import load_model
-    from seqzoo.zoo.export import export
+    from seqzoo.zoo.export import AUTO, export
 
     model, tokenizer = load_model(arguments.checkpoint)
+    if type(model) not in AUTO:
+        names = ", ".join(cls.__name__ for cls in AUTO)
+        kind = type(model).__name__
+        raise ValueError(f"{arguments.checkpoint} holds a {kind}; it must be one of {names}")
     export(model, arguments.out, tokenizer=tokenizer, overwrite=arguments.overwrite)
     sys.stdout.write(f"{arguments.out}\n")

@@ -6,12 +6,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from torch import Tensor
 
 from seqzoo.train.checkpoint import SafeCheckpointIO
-from seqzoo.train.module import (
-    Classification,
-    LanguageModelling,
-    TokenClassification,
-    Training,
-)
+from seqzoo.train.classification import Classification
+from seqzoo.train.module import LanguageModelling, Training
+from seqzoo.train.retrieval import Retrieval
+from seqzoo.train.token_classification import TokenClassification
 from seqzoo.train.tokenizer import byte_tokenizer
 
 if TYPE_CHECKING:
@@ -20,7 +18,7 @@ if TYPE_CHECKING:
     from seqzoo.zoo.model import ZooPreTrainedModel
 
 TASKS: dict[str, type[Training]] = {
-    cls.__name__: cls for cls in (LanguageModelling, Classification, TokenClassification)
+    cls.__name__: cls for cls in (LanguageModelling, Classification, TokenClassification, Retrieval)
 }
 
 

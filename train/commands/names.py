@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from difflib import get_close_matches
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 
 from seqzoo.kernels.errors import unknown
 from seqzoo.train.commands.errors import condense
 from seqzoo.train.data import Tokens
 from seqzoo.train.module import Training
+from seqzoo.train.newest import Newest
 from seqzoo.zoo.spec import DecoderSpec
 
 OPTION = (
@@ -51,7 +51,7 @@ def _no_option(name: str) -> ValueError:
 
 
 def _options() -> Iterator[str]:
-    for group, cls in (("trainer", Trainer), ("checkpoint", ModelCheckpoint), *_classes()):
+    for group, cls in (("trainer", Trainer), ("checkpoint", Newest), *_classes()):
         for name in inspect.signature(cls).parameters:
             yield f"--{group}.{name}"
     for field in dataclasses.fields(DecoderSpec):

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
@@ -32,6 +32,7 @@ from seqzoo.train.commands.names import refuse
 from seqzoo.train.data import Tokens
 from seqzoo.train.guards import SaveOnSigterm, StopOnNaN
 from seqzoo.train.module import LINKED, Training
+from seqzoo.train.newest import Newest
 from seqzoo.train.resume import ExactResume
 from seqzoo.zoo.presets import list_models, preset
 
@@ -109,7 +110,7 @@ class Cli(LightningCLI):
         parser.add_argument("--run", default="default", help="name of the folder under runs/")
         named = ", ".join(list_models())
         parser.add_argument("--preset", default=None, help=f"decoder to start from: {named}")
-        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(Newest, "checkpoint")
         parser.add_lightning_class_args(StopOnNaN, "guard")
         parser.set_defaults({f"checkpoint.{key}": value for key, value in CHECKPOINT.items()})
         parser.set_defaults(

@@ -79,7 +79,7 @@ class Labelled(Tokens):
         """See `Tokens.build`."""
         parts = {part: self._read(path) for part, path in self.files.items()}
         if "val" not in parts:
-            parts["train"], parts["val"] = _hold_out(parts["train"], self.seed)
+            parts["train"], parts["val"] = hold_out(parts["train"], self.seed)
         self._classes = _sorted_labels({label for _, label in parts["train"]})
         for part, samples in parts.items():
             if not samples:
@@ -135,7 +135,7 @@ class LabelledRows(Rows):
         return {**batch, "attention_mask": mask.long()}
 
 
-def _hold_out(samples: Sequence[Sample], seed: int) -> tuple[list[Sample], list[Sample]]:
+def hold_out(samples: Sequence[Sample], seed: int) -> tuple[list[Sample], list[Sample]]:
     """Nine tenths and one; equal texts fall on the same side."""
     parts: tuple[list[Sample], list[Sample]] = ([], [])
     for sample in samples:

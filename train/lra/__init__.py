@@ -1,0 +1,1 @@
+"""Long-Range Arena: readers of the files that exist, and generators for what can be generated."""
