@@ -23,6 +23,8 @@ from torch import Tensor
 
 # -ffast-math would delete the rounding tricks that kernels rely on; contraction keeps the FMAs.
 FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-shared", "-fPIC")
+# For sources that are written in vectors: the same speed, and half the time to compile.
+BRIEF = ("-O1", "-fpeel-loops", "-fstrict-aliasing", "-fexpensive-optimizations")
 REALS = {torch.float32: "float", torch.float64: "double"}
 # Vectors and products of small matrices, in C: kernels that use them put it before their source.
 PRELUDE = Path(__file__).with_name("prelude.c").read_text()
@@ -45,8 +47,10 @@ def works() -> str:
 
 
 @cache
-def build(source: str, real: str) -> ctypes.CDLL:
+def build(source: str, real: str, options: tuple[str, ...] = ()) -> ctypes.CDLL:
     """Compile C text, with REAL defined as `real`, or load it from the cache.
+
+    `options` come after FLAGS and outdo them.
 
     Raises:
         RuntimeError: the compiler is missing or refused the source, whose first complaint is in
@@ -55,7 +59,7 @@ def build(source: str, real: str) -> ctypes.CDLL:
     cc = _compiler()
     if not cc:
         raise RuntimeError("no C compiler (cc, gcc or clang) on the PATH")
-    flags = [*FLAGS, f"-DREAL={real}"]
+    flags = [*FLAGS, *options, f"-DREAL={real}"]
     made_of = "\0".join([source, cc, *flags, _processor()])
     key = hashlib.sha256(made_of.encode()).hexdigest()[:20]
     library = _cached(key)

@@ -92,8 +92,8 @@ ONCE void copy(i64 rows, i64 n, i64 zeros, const REAL *restrict from, i64 from_r
                REAL *restrict to, i64 to_row)
 {
     for (i64 i = 0; i < rows; i++, from += from_row, to += to_row) {
-        for (i64 j = 0; j < n; j++) to[j] = from[j];
-        for (i64 j = n; j < zeros; j++) to[j] = 0;
+        __builtin_memcpy(to, from, n * sizeof(REAL));
+        if (n < zeros) __builtin_memset(to + n, 0, (zeros - n) * sizeof(REAL));
     }
 }
 

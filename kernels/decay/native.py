@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from seqzoo.kernels.native import PRELUDE, REALS, build, call, threads
+from seqzoo.kernels.native import BRIEF, PRELUDE, REALS, build, call, threads
 
 SOURCE = PRELUDE + Path(__file__).with_name("native.c").read_text()
 CHUNK = 64  # as in the source
@@ -56,7 +56,7 @@ def _prepared(
     How work is split depends on shapes alone, so that the number of threads changes no bit.
     """
     (B, T, Hk, K), (H, V) = q.shape, v.shape[2:]
-    R, library = H // Hk, build(SOURCE, REALS[dtype])
+    R, library = H // Hk, build(SOURCE, REALS[dtype], BRIEF)
     parts = min(R, -(-TASKS // (B * Hk)))
     per = -(-R // parts)
     workers = min(threads(v.numel() * K), B * Hk * -(-R // per))

@@ -29,6 +29,7 @@ MAMBA = "layers/mamba.py"
 ATTENTION = "layers/attention.py"
 DECAY = "kernels/decay/__init__.py"
 CHUNKS = "kernels/decay/chunked.py"
+DECAY_C = "kernels/decay/native.c"
 SWITCH = "layers/switch.py"
 MAXPLUS = "kernels/maxplus/__init__.py"
 PERFORMER = "layers/performer.py"
@@ -227,17 +228,17 @@ FAULTS = (
         "mamba2",
     ),
     Fault(
-        "log decays are summed in bfloat16",
-        CHUNKS,
-        "        decays = _decays(G)\n        A =",
-        "        decays = _decays(G.bfloat16().to(G.dtype))\n        A =",
+        "sums of log decays come out short",
+        DECAY_C,
+        "sum += load(s->g + at);",
+        "sum += load(s->g + at) * (REAL)0.996;",
         "gla",
     ),
     Fault(
         "the gradient of a chunk's whole decay is dropped",
-        CHUNKS,
-        "        dsince[..., -1:, :] += dtotal.sum_to_size(G[..., -1:, :].shape)\n",
-        "",
+        DECAY_C,
+        "store(sum * load(s->total + c), s->dtotal + c);",
+        "store(sum * 0, s->dtotal + c);",
         "mamba2",
     ),
     Fault(
