@@ -25,6 +25,8 @@ from torch import Tensor
 FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-shared", "-fPIC")
 # For sources that are written in vectors: the same speed, and half the time to compile.
 BRIEF = ("-O1", "-fpeel-loops", "-fstrict-aliasing", "-fexpensive-optimizations")
+# Half of a source, so that whoever calls first waits for no more than what runs.
+FORWARD, BACKWARD = (*BRIEF, "-DFORWARD"), (*BRIEF, "-DBACKWARD")
 REALS = {torch.float32: "float", torch.float64: "double"}
 # Vectors and products of small matrices, in C: kernels that use them put it before their source.
 PRELUDE = Path(__file__).with_name("prelude.c").read_text()

@@ -444,6 +444,7 @@ ONCE void backward_task(scratch *s, const sizes *z, const REAL *q, const REAL *k
             scratch s;                                                                            \
             divide(&s, room + worker * each, K, V, per);
 
+#ifndef BACKWARD
 void decay_forward(const REAL *q, const REAL *k, const REAL *v, const REAL *g, const REAL *start,
                    REAL *o, REAL *states, REAL *room, i64 B, i64 T, i64 Hk, i64 R, i64 K, i64 V,
                    i64 channels, i64 per, i64 workers)
@@ -453,7 +454,9 @@ void decay_forward(const REAL *q, const REAL *k, const REAL *v, const REAL *g, c
                      o + heads * V, states + there, step);
     }
 }
+#endif
 
+#ifndef FORWARD
 void decay_backward(const REAL *q, const REAL *k, const REAL *v, const REAL *g, const REAL *states,
                     const REAL *o, const REAL *dstate, REAL *dq, REAL *dk, REAL *dv, REAL *dg,
                     REAL *dstart, REAL *room, i64 B, i64 T, i64 Hk, i64 R, i64 K, i64 V,
@@ -466,3 +469,4 @@ void decay_backward(const REAL *q, const REAL *k, const REAL *v, const REAL *g, 
                       dstart + there, step);
     }
 }
+#endif

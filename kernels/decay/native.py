@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from seqzoo.kernels.native import BRIEF, PRELUDE, REALS, build, call, threads
+from seqzoo.kernels.native import BACKWARD, FORWARD, PRELUDE, REALS, build, call, threads
 
 SOURCE = PRELUDE + Path(__file__).with_name("native.c").read_text()
 CHUNK = 64  # as in the source
@@ -25,7 +25,7 @@ def forward(
     given = _wide(initial_state.dtype, q, k, v, g, initial_state)
     o = torch.empty_like(given[2])
     states = o.new_empty(1 + chunk_count(v.shape[1]), *initial_state.shape)
-    library, room, sizes = _prepared(q, v, g, initial_state.dtype)
+    library, room, sizes = _prepared(q, v, g, initial_state.dtype, FORWARD)
     call(library, "decay_forward", *given, o, states, room, *sizes)
     return o, states
 
@@ -35,7 +35,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See `seqzoo.kernels.decay.chunked.backward`."""
     given = _wide(states.dtype, q, k, v, g, states, do, dstate)
-    library, room, sizes = _prepared(q, v, g, states.dtype)
+    library, room, sizes = _prepared(q, v, g, states.dtype, BACKWARD)
     parts = -(-sizes[3] // sizes[-2])
     dq, dk = (x.new_empty(parts, *q.shape) for x in given[:2])
     dv, dg, dstart = (torch.empty_like(given[i]) for i in (2, 3, 6))
@@ -49,14 +49,14 @@ def _wide(dtype: torch.dtype, *tensors: Tensor) -> list[Tensor]:
 
 
 def _prepared(
-    q: Tensor, v: Tensor, g: Tensor, dtype: torch.dtype
+    q: Tensor, v: Tensor, g: Tensor, dtype: torch.dtype, half: tuple[str, ...]
 ) -> tuple[CDLL, Tensor, tuple[int, ...]]:
     """Room for the workers, and the sizes.
 
     How work is split depends on shapes alone, so that the number of threads changes no bit.
     """
     (B, T, Hk, K), (H, V) = q.shape, v.shape[2:]
-    R, library = H // Hk, build(SOURCE, REALS[dtype], BRIEF)
+    R, library = H // Hk, build(SOURCE, REALS[dtype], half)
     parts = min(R, -(-TASKS // (B * Hk)))
     per = -(-R // parts)
     workers = min(threads(v.numel() * K), B * Hk * -(-R // per))

@@ -201,6 +201,7 @@ ONCE void fade(room x, REAL *S)
 }
 
 /* `states` are (chunks + 1, B, H, K, V), the first of them given. */
+#ifndef BACKWARD
 void delta_forward(const REAL *q, const REAL *k, const REAL *value, const REAL *beta, const REAL *g,
                    REAL *o, REAL *states, REAL *space, i64 each, i64 B, i64 T, i64 H, i64 K, i64 V,
                    i64 G, i64 wide_K, i64 wide_V, i64 threads)
@@ -227,6 +228,7 @@ void delta_forward(const REAL *q, const REAL *k, const REAL *value, const REAL *
         SET_MODE(mode);
     }
 }
+#endif
 
 /* What came by way of the state and by way of the border; dg starts as what both give to it. */
 ONCE void far(room x)
@@ -317,6 +319,7 @@ ONCE void back(room x)
     product(K, V, CHUNK, x.ks, 1, K, x.dz, V, x.dS, V, -1);
 }
 
+#ifndef FORWARD
 void delta_backward(const REAL *q, const REAL *k, const REAL *value, const REAL *beta, const REAL *g,
                     const REAL *states, const REAL *d_o, const REAL *dlast, REAL *dq, REAL *dk,
                     REAL *dv, REAL *dbeta, REAL *dg, REAL *dstart, REAL *space, i64 each, i64 B,
@@ -356,3 +359,4 @@ void delta_backward(const REAL *q, const REAL *k, const REAL *value, const REAL 
         SET_MODE(mode);
     }
 }
+#endif

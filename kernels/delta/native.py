@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from seqzoo.kernels.decay.chunked import CHUNK, chunk_count
-from seqzoo.kernels.native import PRELUDE, REALS, build, call, threads
+from seqzoo.kernels.native import BACKWARD, FORWARD, PRELUDE, REALS, build, call, threads
 
 SOURCE = PRELUDE + Path(__file__).with_name("native.c").read_text()
 
@@ -19,7 +19,7 @@ def forward(
     states = initial_state.new_empty(1 + chunk_count(v.shape[1]), *initial_state.shape)
     states[0] = initial_state
     o = torch.empty_like(given[2])
-    library = build(SOURCE, REALS[states.dtype])
+    library = build(SOURCE, REALS[states.dtype], FORWARD)
     call(library, "delta_forward", *given, o, states, *_sizes(given[1], given[2], g))
     return o, states
 
@@ -40,7 +40,7 @@ def backward(
     made = [torch.empty_like(x) for x in given]
     do, dstate = do.contiguous(), dstate.contiguous()
     dstart, sizes = torch.empty_like(dstate), _sizes(given[1], given[2], g)
-    library = build(SOURCE, REALS[states.dtype])
+    library = build(SOURCE, REALS[states.dtype], BACKWARD)
     call(library, "delta_backward", *given, states, do, dstate, *made, dstart, *sizes)
     dq, dk, dv, dbeta, dg = (d.to(x.dtype) for d, x in zip(made, tensors, strict=True))
     return dq, dk, dv, dbeta, dg, dstart

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from seqzoo.kernels.native import REALS, build, call, threads
+from seqzoo.kernels.native import BRIEF, REALS, build, call, threads
 
 SOURCE = Path(__file__).with_name("native.c").read_text()
 VECTOR = 64  # bytes in a vector of the source
@@ -71,4 +71,4 @@ def _circle(turns: Tensor) -> Tensor:
 
 
 def _library(x: Tensor) -> CDLL:
-    return build(SOURCE, REALS[x.dtype])
+    return build(SOURCE, REALS[x.dtype], BRIEF)

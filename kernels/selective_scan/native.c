@@ -155,6 +155,7 @@ INLINE void walk(const float *u, const float *dt, const float *B, const float *C
 }
 
 /* `borders` is written where `keep` says so. */
+#ifndef BACKWARD
 void selective_scan_forward(const float *u, const float *dt, const float *A, const float *B,
                             const float *C, const float *start, const char *reset, float *y,
                             float *state, float *borders, i64 rows, i64 T, i64 D, i64 N,
@@ -193,6 +194,7 @@ void selective_scan_forward(const float *u, const float *dt, const float *A, con
         }
     }
 }
+#endif
 
 /* One vector of channels in one block, m of its states: decays, states before each step, and what
  * each step adds to dC. */
@@ -246,6 +248,7 @@ INLINE void back(const float *u, const float *dt, const float *dy, const float *
 }
 
 /* dA comes per row of the batch, dB and dC per group of channels: the caller adds them up. */
+#ifndef FORWARD
 void selective_scan_backward(const float *u, const float *dt, const float *A, const float *B,
                              const float *C, const char *reset, const float *borders,
                              const float *dy, const float *dstate, float *du, float *ddt,
@@ -303,3 +306,4 @@ void selective_scan_backward(const float *u, const float *dt, const float *A, co
         }
     }
 }
+#endif

@@ -1,12 +1,11 @@
 """The selective scan through `native.c`: float32, at most 64 states a channel."""
 
-from ctypes import CDLL
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from seqzoo.kernels.native import build, call, threads
+from seqzoo.kernels.native import BACKWARD, FORWARD, build, call, threads
 
 SOURCE = Path(__file__).with_name("native.c").read_text()
 BLOCK = 32  # STEPS in the source
@@ -33,7 +32,8 @@ def forward(
     y, state = torch.empty_like(given[0]), torch.empty_like(given[5])
     borders = state.new_empty((T + BLOCK - 1) // BLOCK if keep else 0, *state.shape)
     sizes = (rows, T, D, N, int(reset is not None), int(keep), threads(u.numel() * N))
-    call(_library(), "selective_scan_forward", *given, flags, y, state, borders, *sizes)
+    library = build(SOURCE, "float", FORWARD)
+    call(library, "selective_scan_forward", *given, flags, y, state, borders, *sizes)
     return y, state, borders
 
 
@@ -59,9 +59,6 @@ def backward(
     dB, dC = B.new_empty(groups, *B.shape), C.new_empty(groups, *C.shape)
     sizes = (rows, T, D, N, int(reset is not None), threads(u.numel() * N))
     given, made = (u, dt, A, B, C, flags, borders, dy, dstate), (du, ddt, dA, dB, dC, dstart)
-    call(_library(), "selective_scan_backward", *given, *made, *sizes)
+    library = build(SOURCE, "float", BACKWARD)
+    call(library, "selective_scan_backward", *given, *made, *sizes)
     return du, ddt, dA.sum(0), dB.sum(0), dC.sum(0), dstart
-
-
-def _library() -> CDLL:
-    return build(SOURCE, "float")

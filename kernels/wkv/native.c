@@ -107,6 +107,7 @@ static inline void forget(state *s)
     s->hi = (v){0} + (REAL)EMPTY;
 }
 
+#ifndef BACKWARD
 void wkv_forward(const REAL *k, const REAL *value, const REAL *w, const REAL *u, const REAL *start,
                  const char *reset, const char *mask, REAL *y, REAL *last, REAL *borders,
                  i64 B, i64 T, i64 D, i64 resets, i64 masks, i64 threads)
@@ -146,12 +147,14 @@ void wkv_forward(const REAL *k, const REAL *value, const REAL *w, const REAL *u,
             write_state(carried[g], last + row * 3 * D + d, D, smaller(LANES, D - d));
     }
 }
+#endif
 
 /* What the backward pass needs of a token: the sums before it and the weights of both pairs. */
 typedef struct { v a, b; pair out, in; } trace;
 
 /* The first two of dlast and dstart are gradients of a and b with p held; the third is what goes to
  * whatever gives the maximum its value. dw and du come per row of the batch: the caller adds. */
+#ifndef FORWARD
 void wkv_backward(const REAL *k, const REAL *value, const REAL *w, const REAL *u, const char *reset,
                   const char *mask, const REAL *borders, const REAL *dy, const REAL *dlast,
                   REAL *dk, REAL *dv, REAL *dw, REAL *du, REAL *dstart,
@@ -224,3 +227,4 @@ void wkv_backward(const REAL *k, const REAL *value, const REAL *w, const REAL *u
         }
     }
 }
+#endif

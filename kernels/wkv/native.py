@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from seqzoo.kernels.native import REALS, build, call, threads
+from seqzoo.kernels.native import BACKWARD, FORWARD, REALS, build, call, threads
 
 SOURCE = Path(__file__).with_name("native.c").read_text()
 BLOCK = 32  # STEPS in the source
@@ -25,7 +25,7 @@ def forward(
     y, state = torch.empty_like(given[0]), torch.empty_like(given[4])
     borders = state.new_empty((k.shape[1] + BLOCK - 1) // BLOCK, *state.shape)
     flags = (_flags(reset, k), _flags(mask, k))
-    library = build(SOURCE, REALS[k.dtype])
+    library = build(SOURCE, REALS[k.dtype], FORWARD)
     call(library, "wkv_forward", *given, *flags, y, state, borders, *_sizes(k, reset, mask))
     return y, state, borders
 
@@ -46,7 +46,7 @@ def backward(
     dk, dv, dstart = (torch.empty_like(x) for x in (k, v, dstate))
     dw, du = (w.new_empty(k.shape[0], *w.shape) for _ in range(2))  # by row of the batch
     given = (k, v, w, u, _flags(reset, k), _flags(mask, k), borders, dy, dstate)
-    library = build(SOURCE, REALS[k.dtype])
+    library = build(SOURCE, REALS[k.dtype], BACKWARD)
     call(library, "wkv_backward", *given, dk, dv, dw, du, dstart, *_sizes(k, reset, mask))
     return dk, dv, dw.sum(0), du.sum(0), dstart
 
