@@ -26,9 +26,9 @@ from seqzoo.kernels.decay import decay
 from seqzoo.kernels.dispatch import accumulator
 from seqzoo.kernels.errors import check_positive, not_divisible
 from seqzoo.kernels.scan import scan
-from seqzoo.kernels.short_conv import short_conv
 from seqzoo.layers.base import Caps, Context, Cost, Mixer, State
 from seqzoo.layers.rotary import turn_neighbours
+from seqzoo.layers.token_shift import token_shift
 
 DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 0.1, 1e-4  # the authors' range of step sizes at initialisation
 A_FLOOR = 1e-4
@@ -185,8 +185,7 @@ class Mamba3(Mixer):
         self, x: Tensor, mask: Tensor | None, start: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """The token before each one, masked ones left out, and the last one of all."""
-        shift = torch.eye(2, device=x.device, dtype=x.dtype)[0].expand(x.shape[-1], 2)
-        return short_conv(x, shift, initial_state=start, mask=mask)
+        return token_shift(x, start, Context(mask=mask))
 
     def init_state(
         self,

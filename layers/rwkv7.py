@@ -24,8 +24,8 @@ from torch.nn.functional import layer_norm, normalize
 from seqzoo.kernels.delta.lowrank import delta_lowrank
 from seqzoo.kernels.dispatch import accumulator
 from seqzoo.kernels.errors import check_positive, check_shape, not_divisible
-from seqzoo.kernels.short_conv import short_conv
 from seqzoo.layers.base import Caps, Context, Cost, Mixer, State
+from seqzoo.layers.token_shift import check_depth, token_shift
 
 EPS = 64e-5  # of the norm of a head, as published
 SLOWEST = math.exp(-0.5)  # no decay is below exp(-SLOWEST)
@@ -94,8 +94,7 @@ class RWKV7(Mixer):
         )
         if d_model % head_dim:
             raise not_divisible("d_model", d_model, "head_dim", head_dim)
-        if not 0 <= depth <= 1:
-            raise ValueError(f"depth={depth} is not allowed; it must be from 0 to 1")
+        check_depth(depth)
         self.d_model, self.head_dim, self.depth = d_model, head_dim, depth
         self.r_proj = nn.Linear(d_model, d_model, bias=False)
         self.k_proj = nn.Linear(d_model, d_model, bias=False)
@@ -159,8 +158,7 @@ class RWKV7(Mixer):
         ctx = ctx or Context()
         reset, wide = ctx.reset, accumulator(x.dtype)
         start, S = state if state is not None else (None, None)
-        shift = torch.eye(2, device=x.device, dtype=x.dtype)[0].expand(self.d_model, 2)
-        previous, last = short_conv(x, shift, initial_state=start, reset=reset, mask=ctx.mask)
+        previous, last = token_shift(x, start, ctx)
         r, w, k, v, a, g = (torch.lerp(x, previous, mu) for mu in self.mix.to(x.dtype))
         w = self.time_decay.to(wide) + low_rank(w, self.decay_down, self.decay_up, torch.tanh)
         a = torch.sigmoid(self.rate_bias.to(wide) + low_rank(a, self.rate_down, self.rate_up))
