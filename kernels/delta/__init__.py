@@ -3,21 +3,28 @@
 Carries DeltaNet, Gated DeltaNet and Kimi delta attention.
 """
 
+from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from seqzoo.kernels.decay.chunked import chunk_count
-from seqzoo.kernels.delta.chunked import backward as chunked_backward
-from seqzoo.kernels.delta.chunked import forward as chunked_forward
 from seqzoo.kernels.delta.chunked import step
 from seqzoo.kernels.delta.reference import delta as reference_delta
 from seqzoo.kernels.dispatch import Backend, accumulator, choose, declare, full_precision
 from seqzoo.kernels.errors import check_shape
 from seqzoo.kernels.operator import operator
 
-declare("delta", Backend("chunked"), Backend("reference"))
+SINGLE = (torch.float32, torch.float16, torch.bfloat16)
+MANY = "more than 256 key channels"
+declare(
+    "delta",
+    Backend("fused", ("cuda",), SINGLE, needs=("triton",), lacks=frozenset([MANY])),
+    Backend("chunked"),
+    Backend("reference"),
+)
 
 
 def delta(
@@ -51,7 +58,7 @@ def delta(
         initial_state: S before the first token, (B, H, K, V); zero when None.
         reset: (B, T) bool; True empties the state before the token.
         mask: (B, T) bool; False leaves the state untouched, and o there means nothing.
-        backend: `chunked` or `reference`; `chunked` when None.
+        backend: `fused`, `chunked` or `reference`; chosen by device and dtype when None.
 
     Returns:
         o: (B, T, H, V) in the dtype of `v`.
@@ -74,7 +81,8 @@ def delta(
         initial_state = torch.zeros(shape, device=v.device, dtype=wide)
     check_shape("initial_state", initial_state.shape, shape, "(B, H, K, V)")
     state = initial_state.to(wide)
-    chosen = choose("delta", v, backend)
+    features = (MANY,) if k.shape[-1] > 256 else ()
+    chosen = choose("delta", v if wide == torch.float32 else state, backend, features)
     with full_precision(v):
         q = q if scale == 1 else q.to(wide) * scale
         if chosen == "reference":
@@ -82,7 +90,7 @@ def delta(
             q, k, values, beta = (x.to(wide) for x in (q, k, v, beta))
             o, state = reference_delta(q, k, values, beta, g, state, reset, mask)
         else:
-            o, state = _vectorised(q, k, v, beta, log_decay, state, reset, mask)
+            o, state = _vectorised(q, k, v, beta, log_decay, state, reset, mask, chosen)
     return o.to(v.dtype), state
 
 
@@ -109,6 +117,7 @@ def _vectorised(
     state: Tensor,
     reset: Tensor | None,
     mask: Tensor | None,
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
     """Everything said with keys, betas and decays alone, then the chunks."""
     if v.shape[0] * v.shape[1] == 0:
@@ -122,25 +131,41 @@ def _vectorised(
     if reset is not None:
         g = torch.where(reset[..., None, None], -torch.inf, g)
     if v.shape[1] == 1:
+        if backend == "fused":
+            o, last = _step(q, k, v, beta, g, state, backend)
+            return o, last
         return step(q, k, v, beta, g, state)
-    o, last, _ = _chunks(q, k, v, beta, g, state)
+    o, last, _ = _chunks(q, k, v, beta, g, state, backend)
     return o, last
 
 
 @operator("seqzoo::delta")
 def _chunks(
-    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor, initial_state: Tensor
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    g: Tensor,
+    initial_state: Tensor,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    o, states = chunked_forward(q, k, v, beta, g, initial_state)
+    o, states = _module(backend).forward(q, k, v, beta, g, initial_state)
     return o, states[-1].clone(), states
 
 
 @_chunks.register_fake
 def _(
-    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor, initial_state: Tensor
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    g: Tensor,
+    initial_state: Tensor,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     states = initial_state.new_empty(1 + chunk_count(v.shape[1]), *initial_state.shape)
-    return v.new_empty(v.shape, dtype=states.dtype), states.new_empty(states.shape[1:]), states
+    o = v.new_empty(v.shape, dtype=v.dtype if backend == "fused" else states.dtype)
+    return o, states.new_empty(states.shape[1:]), states
 
 
 @operator("seqzoo::delta_backward")
@@ -153,9 +178,13 @@ def _chunks_backward(
     states: Tensor,
     do: Tensor,
     dstate: Tensor,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     with full_precision(v):
-        return chunked_backward(q, k, v, beta, g, states, do, dstate)
+        dq, dk, dv, dbeta, dg, dstart = _module(backend).backward(
+            q, k, v, beta, g, states, do, dstate
+        )
+    return dq, dk, dv, dbeta, dg, dstart
 
 
 @_chunks_backward.register_fake
@@ -168,6 +197,7 @@ def _(
     states: Tensor,
     do: Tensor,
     dstate: Tensor,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     dq, dk, dv, dbeta, dg = (x.new_empty(x.shape) for x in (q, k, v, beta, g))
     return dq, dk, dv, dbeta, dg, dstate.new_empty(dstate.shape)
@@ -175,6 +205,7 @@ def _(
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:  # noqa: ANN401
     ctx.save_for_backward(*inputs[:5], output[2])
+    ctx.backend = inputs[6]
     ctx.set_materialize_grads(False)
 
 
@@ -183,12 +214,67 @@ def _differentiate(
     do: Tensor | None,
     dstate: Tensor | None,
     _: None,
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor | None, ...]:
     *inputs, states = ctx.saved_tensors
     do = states.new_zeros(inputs[2].shape) if do is None else do
     dstate = states.new_zeros(states.shape[1:]) if dstate is None else dstate
-    gradients: tuple[Tensor, ...] = _chunks_backward(*inputs, states, do, dstate)
-    return gradients
+    gradients: tuple[Tensor, ...] = _chunks_backward(*inputs, states, do, dstate, ctx.backend)
+    return *gradients, None
 
 
 _chunks.register_autograd(_differentiate, setup_context=_save)
+
+
+@operator("seqzoo::delta_step")
+def _step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    g: Tensor,
+    initial_state: Tensor,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """One token, without the states that a chunk would keep."""
+    o, state = _module(backend).step(q, k, v, beta, g, initial_state)
+    return o, state
+
+
+@_step.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    g: Tensor,
+    initial_state: Tensor,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    return v.new_empty(v.shape), initial_state.new_empty(initial_state.shape)
+
+
+def _save_step(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:  # noqa: ANN401
+    ctx.save_for_backward(*inputs[:6])
+    ctx.backend = inputs[6]
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate_step(
+    ctx: Any,  # noqa: ANN401  # torch's own type
+    do: Tensor | None,
+    dstate: Tensor | None,
+) -> tuple[Tensor | None, ...]:
+    """A chunk of one token; the state after it is not read."""
+    *inputs, start = ctx.saved_tensors
+    do = start.new_zeros(inputs[2].shape) if do is None else do
+    dstate = torch.zeros_like(start) if dstate is None else dstate
+    states = torch.stack((start, start))
+    gradients: tuple[Tensor, ...] = _chunks_backward(*inputs, states, do, dstate, ctx.backend)
+    return *gradients, None
+
+
+_step.register_autograd(_differentiate_step, setup_context=_save_step)
+
+
+def _module(backend: str) -> ModuleType:
+    return import_module(f"{__name__}.{backend}")

@@ -1,0 +1,374 @@
+"""The delta rule in Triton: what keys decide for all chunks at once, then a walk over the chunks.
+
+A chunk's T, its decayed products and its decayed queries and keys come from
+`seqzoo.kernels.delta.fused_keys`. A program then owns a head and a block of value channels, holds
+the state (K, BLOCK_V) in registers and walks from chunk to chunk: the error of what the state holds
+under the keys, u = T beta error, the outputs, the next state. Backward, the state's gradient walks
+from the end and leaves T^T du, which is all that values need; the rest is again for all chunks at
+once, from the states that the forward pass has kept.
+
+Matrix products take half-precision inputs as they are and sum in float32; T, decays and states are
+float32 always.
+"""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from seqzoo.kernels.decay.chunked import chunk_count
+from seqzoo.kernels.delta.fused_keys import CHUNK, gradients, prepare
+from seqzoo.kernels.fused import OPTIONS, Variant
+
+WIDTHS = (64, 128, 256)  # keys' channels, filled up
+CHANNELS = 64  # of keys, where they are worked on in parts
+
+
+class Prepared(NamedTuple):
+    """What keys and decays alone decide.
+
+    Chunks lie side by side: (B H N, CHUNK, ...) in the dtype of the matrix products. `total` is the
+    decay over each whole chunk, (B H N, WIDTH), float32.
+    """
+
+    weights: Tensor
+    products: Tensor
+    inverse: Tensor
+    queries: Tensor
+    keys: Tensor
+    writes: Tensor
+    total: Tensor
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor, initial_state: Tensor
+) -> tuple[Tensor, Tensor]:
+    """See `seqzoo.kernels.delta.chunked.forward`; o comes in the dtype of `v`."""
+    q, k, v, beta, g = (x.contiguous() for x in (q, k, v, beta, g))
+    made = _prepared(q, k, v, beta, g)
+    (B, T, H, V), K, N = v.shape, k.shape[3], chunk_count(v.shape[1])
+    states = initial_state.new_empty(1 + N, *initial_state.shape)
+    states[0] = initial_state
+    o = torch.empty_like(v)
+    given = (v, beta, made.weights, *made[2:], states, o)
+    _launch(_forward, (B * H, V), K, made.keys, *given, T, H, K, V, N)
+    return o, states
+
+
+def backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    g: Tensor,
+    states: Tensor,
+    do: Tensor,
+    dstate: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """See `seqzoo.kernels.delta.chunked.backward`."""
+    q, k, v, beta, g, states, do = (x.contiguous() for x in (q, k, v, beta, g, states, do))
+    made = _prepared(q, k, v, beta, g)
+    (B, T, H, V), K, N = v.shape, k.shape[3], len(states) - 1
+    errors, written = (made.keys.new_empty(B * H * N, CHUNK, V) for _ in range(2))
+    dA, dM = (states.new_empty(B * H * N, CHUNK, CHUNK) for _ in range(2))
+    dstates = states.new_empty(N, *states.shape[1:])
+    dq, dk, dv, dbeta, dstart = (torch.empty_like(x) for x in (q, k, v, beta, states[0]))
+    sizes = (T, H, K, V, N)
+    given = (beta, do, dstate.contiguous(), made.weights, *made[2:])
+    _launch(_backward, (B * H, V), K, made.keys, *given, errors, dv, dstates, dstart, *sizes)
+    given = (v, beta, do, made.products, made.inverse, made.keys, states, errors)
+    _launch(_corrections, (B * H * N,), K, made.keys, *given, written, dA, dM, dbeta, *sizes)
+    given = (q, k, beta, g, made.weights, made.products, states, dstates, do, written, errors)
+    dg = torch.empty_like(g)
+    if not _vector(g):  # a part for each block of channels
+        dg = states.new_empty(triton.cdiv(K, CHANNELS), *g.shape)
+    _launch(gradients, (B * H * N, K), K, made.keys, *given, dA, dM, dq, dk, dg, *sizes, VECTOR=_vector(g))
+    return dq, dk, dv, dbeta, dg if _vector(g) else dg.sum(0).to(g.dtype), dstart
+
+
+def step(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor, state: Tensor
+) -> tuple[Tensor, Tensor]:
+    """One token, (B, 1, ...); o comes in the dtype of `v`."""
+    q, k, v, beta, g, state = (x.contiguous() for x in (q, k, v, beta, g, state))
+    o, new = torch.empty_like(v), torch.empty_like(state)
+    B, H, K, V = state.shape
+    _launch(_step, (B * H, V), K, state, q, k, v, beta, g, state, o, new, K, V, VECTOR=_vector(g))
+    return o, new
+
+
+def _prepared(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor) -> Prepared:
+    (B, T, H, K), N = k.shape, chunk_count(k.shape[1])
+    tile, width = torch.promote_types(k.dtype, v.dtype), _width(K)
+    squares = (k.new_empty(B * H * N, CHUNK, CHUNK, dtype=tile) for _ in range(3))
+    decayed = (k.new_empty(B * H * N, CHUNK, width, dtype=tile) for _ in range(3))
+    made = Prepared(*squares, *decayed, k.new_empty(B * H * N, width, dtype=torch.float32))
+    _launch(prepare, (B * H * N,), K, made.keys, q, k, beta, g, *made, T, H, K, N, VECTOR=_vector(g))
+    return made
+
+
+def _vector(g: Tensor) -> bool:
+    """Whether decays differ from key channel to key channel."""
+    return g.shape[-1] > 1
+
+
+def _width(K: int) -> int:
+    return next(width for width in WIDTHS if width >= K)
+
+
+def _config(kernel: triton.JITFunction, width: int, size: int) -> dict[str, Any]:
+    """How a kernel is compiled for so many key channels, filled up, and bytes a number in products."""
+    if kernel is _step:
+        return {"BLOCK_K": width, "BLOCK_V": 16, "num_warps": 4}
+    config: dict[str, Any] = {"PRECISION": "ieee", "BLOCK_T": CHUNK, "num_warps": 4, "num_stages": 1}
+    if kernel is prepare:
+        return config | {"WIDTH": width, "BLOCK_K": CHANNELS}
+    return config | {"BLOCK_K": CHANNELS if kernel is gradients else width, "BLOCK_V": 32}
+
+
+def _launch(
+    kernel: triton.JITFunction,
+    grid: tuple[int, ...],
+    K: int,
+    tile: Tensor,
+    *given: Tensor | int,
+    **options: bool,
+) -> None:
+    """The second number of the grid counts channels, of keys in `gradients` and of values else."""
+    config = _config(kernel, _width(K), tile.itemsize)
+    if len(grid) > 1:
+        block = config["BLOCK_K" if kernel is gradients else "BLOCK_V"]
+        grid = (grid[0], triton.cdiv(grid[1], block))
+    if all(grid):
+        with torch.cuda.device_of(tile):
+            kernel[grid](*given, **options, **config, **OPTIONS)
+
+
+@triton.jit
+def _forward(
+    v,
+    beta,
+    weights,
+    inverse,
+    queries,
+    keys,
+    writes,
+    total,
+    states,
+    o,
+    T,
+    H,
+    K,
+    V,
+    N,
+    BLOCK_T: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    row = tl.cast(tl.program_id(0), tl.int64)
+    rows = tl.cast(tl.num_programs(0), tl.int64)
+    i, c = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_K)
+    w = tl.cast(tl.program_id(1), tl.int64) * BLOCK_V + tl.arange(0, BLOCK_V)
+    inside = (c < K)[:, None] & (w < V)[None, :]
+    tile = queries.dtype.element_ty
+    S = tl.load(states + (row * K + c)[:, None] * V + w[None, :], mask=inside, other=0.0)
+    for chunk in range(N):
+        n = tl.cast(chunk, tl.int64)
+        t, here = n * BLOCK_T + i, (row * N + n) * BLOCK_T + i
+        token = (row // H * T + t) * H + row % H
+        at, there = token[:, None] * V + w[None, :], (t < T)[:, None] & (w < V)[None, :]
+        v_t = tl.load(v + at, mask=there, other=0.0).to(tl.float32)
+        strength = tl.load(beta + token, mask=t < T, other=0.0).to(tl.float32)[:, None]
+        deep = here[:, None] * BLOCK_K + c[None, :]
+        square = here[:, None] * BLOCK_T + i[None, :]
+        held = S.to(tile)
+        error = v_t - tl.dot(tl.load(keys + deep), held, input_precision=PRECISION)
+        solve = tl.load(inverse + square)
+        u = tl.dot(solve, (strength * error).to(tile), input_precision=PRECISION).to(tile)
+        out = tl.dot(tl.load(queries + deep), held, input_precision=PRECISION)
+        out += tl.dot(tl.load(weights + square), u, input_precision=PRECISION)
+        tl.store(o + at, out, mask=there)
+        over = tl.load(total + (row * N + n) * BLOCK_K + c)[:, None]
+        S = over * S + tl.dot(tl.trans(tl.load(writes + deep)), u, input_precision=PRECISION)
+        state = (((n + 1) * rows + row) * K + c)[:, None] * V + w[None, :]
+        tl.store(states + state, S, mask=inside)
+
+
+@triton.jit
+def _backward(
+    beta,
+    do,
+    dstate,
+    weights,
+    inverse,
+    queries,
+    keys,
+    writes,
+    total,
+    errors,
+    dv,
+    dstates,
+    dstart,
+    T,
+    H,
+    K,
+    V,
+    N,
+    BLOCK_T: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Gradients of values and of the states after each chunk; of errors as R = T^T du."""
+    row = tl.cast(tl.program_id(0), tl.int64)
+    rows = tl.cast(tl.num_programs(0), tl.int64)
+    i, c = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_K)
+    w = tl.cast(tl.program_id(1), tl.int64) * BLOCK_V + tl.arange(0, BLOCK_V)
+    inside = (c < K)[:, None] & (w < V)[None, :]
+    tile = queries.dtype.element_ty
+    mine = (row * K + c)[:, None] * V + w[None, :]
+    dS = tl.load(dstate + mine, mask=inside, other=0.0)
+    for back in range(N):
+        n = tl.cast(N - 1 - back, tl.int64)
+        state = ((n * rows + row) * K + c)[:, None] * V + w[None, :]
+        tl.store(dstates + state, dS, mask=inside)
+        t, here = n * BLOCK_T + i, (row * N + n) * BLOCK_T + i
+        token = (row // H * T + t) * H + row % H
+        at, there = token[:, None] * V + w[None, :], (t < T)[:, None] & (w < V)[None, :]
+        do_t = tl.load(do + at, mask=there, other=0.0).to(tile)
+        strength = tl.load(beta + token, mask=t < T, other=0.0).to(tl.float32)[:, None]
+        deep = here[:, None] * BLOCK_K + c[None, :]
+        square = here[:, None] * BLOCK_T + i[None, :]
+        du = tl.dot(tl.trans(tl.load(weights + square)), do_t, input_precision=PRECISION)
+        du += tl.dot(tl.load(writes + deep), dS.to(tile), input_precision=PRECISION)
+        solve = tl.trans(tl.load(inverse + square))
+        derror = tl.dot(solve, du.to(tile), input_precision=PRECISION)
+        tl.store(errors + here[:, None] * V + w[None, :], derror, mask=(w < V)[None, :])
+        derror *= strength
+        tl.store(dv + at, derror, mask=there)
+        dS *= tl.load(total + (row * N + n) * BLOCK_K + c)[:, None]
+        dS += tl.dot(tl.trans(tl.load(queries + deep)), do_t, input_precision=PRECISION)
+        derror = derror.to(tile)
+        dS -= tl.dot(tl.trans(tl.load(keys + deep)), derror, input_precision=PRECISION)
+    tl.store(dstart + mine, dS, mask=inside)
+
+
+@triton.jit
+def _corrections(
+    v,
+    beta,
+    do,
+    products,
+    inverse,
+    keys,
+    states,
+    errors,
+    written,
+    dweights,
+    dproducts,
+    dbeta,
+    T,
+    H,
+    K,
+    V,
+    N,
+    BLOCK_T: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """u again; gradients of betas, and of what queries and keys have to do with keys."""
+    mine = tl.cast(tl.program_id(0), tl.int64)
+    row, n = mine // N, mine % N
+    rows = tl.cast(tl.num_programs(0), tl.int64) // N
+    i, c = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_K)
+    t, here = n * BLOCK_T + i, mine * BLOCK_T + i
+    token = (row // H * T + t) * H + row % H
+    tile = keys.dtype.element_ty
+    strength = tl.load(beta + token, mask=t < T, other=0.0).to(tl.float32)
+    square = here[:, None] * BLOCK_T + i[None, :]
+    k_t, solve = tl.load(keys + here[:, None] * BLOCK_K + c[None, :]), tl.load(inverse + square)
+    dA = tl.zeros((BLOCK_T, BLOCK_T), tl.float32)
+    dM = tl.zeros((BLOCK_T, BLOCK_T), tl.float32)
+    dstrength = tl.zeros((BLOCK_T,), tl.float32)
+    for first in range(0, V, BLOCK_V):
+        w = tl.cast(first, tl.int64) + tl.arange(0, BLOCK_V)
+        inside = (c < K)[:, None] & (w < V)[None, :]
+        state = ((n * rows + row) * K + c)[:, None] * V + w[None, :]
+        S = tl.load(states + state, mask=inside, other=0.0).to(tile)
+        at, there = token[:, None] * V + w[None, :], (t < T)[:, None] & (w < V)[None, :]
+        error = tl.load(v + at, mask=there, other=0.0).to(tl.float32)
+        error -= tl.dot(k_t, S, input_precision=PRECISION)
+        do_t = tl.load(do + at, mask=there, other=0.0).to(tile)
+        wide, to = (w < V)[None, :], here[:, None] * V + w[None, :]
+        u = tl.dot(solve, (strength[:, None] * error).to(tile), input_precision=PRECISION)
+        u = u.to(tile)
+        tl.store(written + to, u, mask=wide)
+        derror = tl.load(errors + to, mask=wide, other=0.0)
+        dstrength += tl.sum(derror.to(tl.float32) * error, 1)
+        turned = tl.trans(u)
+        dA += tl.dot(do_t, turned, input_precision=PRECISION)
+        dM -= tl.dot(derror, turned, input_precision=PRECISION)
+    dA = tl.where(i[:, None] >= i[None, :], dA, 0.0)
+    dM = tl.where(i[:, None] > i[None, :], dM, 0.0)
+    dstrength += tl.sum(dM * tl.load(products + square).to(tl.float32), 1)
+    tl.store(dbeta + token, dstrength, mask=t < T)
+    tl.store(dweights + square, dA)
+    tl.store(dproducts + square, strength[:, None] * dM)
+
+
+@triton.jit
+def _step(
+    q,
+    k,
+    v,
+    beta,
+    g,
+    state,
+    o,
+    new,
+    K,
+    V,
+    VECTOR: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    row = tl.cast(tl.program_id(0), tl.int64)
+    c = tl.arange(0, BLOCK_K)
+    w = tl.cast(tl.program_id(1), tl.int64) * BLOCK_V + tl.arange(0, BLOCK_V)
+    at, inside = (row * K + c)[:, None] * V + w[None, :], (c < K)[:, None] & (w < V)[None, :]
+    q_t = tl.load(q + row * K + c, mask=c < K, other=0.0).to(tl.float32)[:, None]
+    k_t = tl.load(k + row * K + c, mask=c < K, other=0.0).to(tl.float32)[:, None]
+    v_t = tl.load(v + row * V + w, mask=w < V, other=0.0).to(tl.float32)
+    S = tl.load(state + at, mask=inside, other=0.0)
+    if VECTOR:
+        S *= tl.exp(tl.load(g + row * K + c, mask=c < K, other=0.0).to(tl.float32))[:, None]
+    else:
+        S *= tl.exp(tl.load(g + row).to(tl.float32))
+    error = v_t - tl.sum(k_t * S, 0)
+    S += k_t * (tl.load(beta + row).to(tl.float32) * error)[None, :]
+    tl.store(o + row * V + w, tl.sum(q_t * S, 0), mask=w < V)
+    tl.store(new + at, S, mask=inside)
+
+
+def _variants() -> tuple[Variant, ...]:
+    narrow = ("q", "k", "v", "o", "do", "weights", "products", "inverse", "queries", "keys")
+    narrow += ("writes", "errors", "written", "dq", "dk", "dv")
+    made = []
+    for kernel in (prepare, _forward, _backward, _corrections, gradients, _step):
+        for width, dtype in zip(WIDTHS, ("*bf16", "*fp32", "*bf16"), strict=True):
+            config = _config(kernel, width, 2 if dtype == "*bf16" else 4)
+            if "VECTOR" in kernel.arg_names:
+                config["VECTOR"] = width != 64
+            run_time = [n for n in kernel.arg_names if n not in config]
+            types = {n: dtype if n in narrow else "*fp32" for n in run_time}
+            types |= {n: "i32" for n in "THKVN" if n in run_time}
+            made.append(Variant(kernel, types, config, matrix=kernel is not _step))
+    return tuple(made)
+
+
+KERNELS = _variants()

@@ -1,0 +1,276 @@
+"""What keys and decays alone decide in a chunk of the delta rule, in Triton, and its gradient.
+
+A program owns a chunk of one head. Every exponent is a product of log decays with a matrix of zeros
+and ones, so it is a sum and never a difference, none is above zero, and its gradient is the product
+with the transposed matrix. The decay between the halves of a block meets at the border between
+them, as in `seqzoo.kernels.decay.chunked`; blocks of one size share a matrix product, of which the
+corners are kept.
+"""
+
+import triton
+import triton.language as tl
+
+CHUNK = 32
+LEVELS = tl.constexpr(5)  # sizes of blocks within a chunk: 2, 4, ..., 32
+EMPTY = tl.constexpr(-1e30)  # stands for a log decay of -inf: zero times it is zero
+
+
+@triton.jit
+def between(border, BLOCK_T: tl.constexpr):
+    """(BLOCK_T, BLOCK_T) of ones where a token's decay lies between the row's token and a border.
+
+    The border lies behind its token, the row's token before its decay is counted with what follows.
+    """
+    i = tl.arange(0, BLOCK_T)
+    low, high = tl.minimum(i, border)[:, None], tl.maximum(i, border)[:, None]
+    return tl.where((i[None, :] > low) & (i[None, :] <= high), 1.0, 0.0)
+
+
+@triton.jit
+def corner(x, size, BLOCK_T: tl.constexpr):
+    """Keep what right halves of blocks of 2 * `size` tokens have to do with the left halves."""
+    i = tl.arange(0, BLOCK_T)
+    apart = i[:, None] ^ i[None, :]
+    here = (apart >= size) & (apart < 2 * size) & (i[:, None] > i[None, :])
+    return tl.where(here, x, 0.0)
+
+
+@triton.jit
+def halfway(size, BLOCK_T: tl.constexpr):
+    """The last token of the left half of each token's block of 2 * `size`."""
+    return (tl.arange(0, BLOCK_T) | (2 * size - 1)) - size
+
+
+@triton.jit
+def log_decays(g, at, mask):
+    """Read as numbers that may be multiplied by zero."""
+    x = tl.load(g + at, mask=mask, other=0.0).to(tl.float32)
+    return tl.where(x < EMPTY, EMPTY, x)
+
+
+@triton.jit
+def pairs(g, BLOCK_T: tl.constexpr, PRECISION: tl.constexpr):
+    """Decay from token j to token i of a scalar decay, (BLOCK_T, BLOCK_T); zero where j > i."""
+    i = tl.arange(0, BLOCK_T)
+    until = tl.where(i[None, :] <= i[:, None], g[None, :], 0.0)
+    after = tl.where(i[:, None] > i[None, :], 1.0, 0.0)
+    exponent = tl.dot(until, after, input_precision=PRECISION)
+    return tl.where(i[:, None] >= i[None, :], tl.exp(exponent), 0.0)
+
+
+@triton.jit
+def invert(products, BLOCK_T: tl.constexpr, PRECISION: tl.constexpr):
+    """(1 + products)^-1 of a strictly lower triangle, from the inverses of ever larger blocks."""
+    i = tl.arange(0, BLOCK_T)
+    inverse = tl.where(i[:, None] == i[None, :], 1.0, 0.0)
+    for level in range(LEVELS):
+        below = corner(products, 1 << level, BLOCK_T)
+        below = tl.dot(inverse, below, input_precision=PRECISION)
+        inverse -= tl.dot(below, inverse, input_precision=PRECISION)
+    return inverse
+
+
+@triton.jit
+def prepare(
+    q,
+    k,
+    beta,
+    g,
+    weights,
+    products,
+    inverse,
+    queries,
+    keys,
+    writes,
+    total,
+    T,
+    H,
+    K,
+    N,
+    VECTOR: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """A, M, T of a chunk; queries and keys decayed since it began, keys until its end."""
+    mine = tl.cast(tl.program_id(0), tl.int64)
+    row, n = mine // N, mine % N
+    i = tl.arange(0, BLOCK_T)
+    t = n * BLOCK_T + i
+    token = (row // H * T + t) * H + row % H
+    here = mine * BLOCK_T + i
+    tile = queries.dtype.element_ty
+    A = tl.zeros((BLOCK_T, BLOCK_T), tl.float32)
+    M = tl.zeros((BLOCK_T, BLOCK_T), tl.float32)
+    for first in range(0, WIDTH, BLOCK_K):
+        c = tl.cast(first, tl.int64) + tl.arange(0, BLOCK_K)
+        at, there = token[:, None] * K + c[None, :], (t < T)[:, None] & (c < K)[None, :]
+        q_t = tl.load(q + at, mask=there, other=0.0).to(tl.float32)
+        k_t = tl.load(k + at, mask=there, other=0.0).to(tl.float32)
+        if VECTOR:
+            g_t = log_decays(g, at, there)
+            for level in range(LEVELS):
+                border = halfway(1 << level, BLOCK_T)
+                passed = tl.dot(between(border, BLOCK_T), g_t, input_precision=PRECISION)
+                left = tl.exp(passed)
+                q_left, k_left = (q_t * left).to(tile), (k_t * left).to(tile)
+                k_turned = tl.trans(k_left)
+                part = tl.dot(q_left, k_turned, input_precision=PRECISION)
+                A += corner(part, 1 << level, BLOCK_T)
+                part = tl.dot(k_left, k_turned, input_precision=PRECISION)
+                M += corner(part, 1 << level, BLOCK_T)
+            A += tl.where(i[:, None] == i[None, :], tl.sum(q_t * k_t, 1)[:, None], 0.0)
+            begun, ended = between(i * 0 - 1, BLOCK_T), between(i * 0 + BLOCK_T - 1, BLOCK_T)
+            since = tl.exp(tl.dot(begun, g_t, input_precision=PRECISION))
+            until = tl.exp(tl.dot(ended, g_t, input_precision=PRECISION))
+            over = tl.exp(tl.sum(g_t, 0))
+        else:
+            g_t = log_decays(g, token, t < T)
+            q_half, k_turned = q_t.to(tile), tl.trans(k_t.to(tile))
+            A += tl.dot(q_half, k_turned, input_precision=PRECISION)
+            M += tl.dot(k_t.to(tile), k_turned, input_precision=PRECISION)
+            begun, ended = between(i * 0 - 1, BLOCK_T), between(i * 0 + BLOCK_T - 1, BLOCK_T)
+            since = tl.exp(tl.sum(begun * g_t[None, :], 1))[:, None]
+            until = tl.exp(tl.sum(ended * g_t[None, :], 1))[:, None]
+            over = tl.exp(tl.sum(g_t, 0)) + tl.zeros((BLOCK_K,), tl.float32)
+        to = here[:, None] * WIDTH + c[None, :]
+        tl.store(queries + to, (q_t * since).to(tile))
+        tl.store(keys + to, (k_t * since).to(tile))
+        tl.store(writes + to, (k_t * until).to(tile))
+        tl.store(total + mine * WIDTH + c, over)
+    if not VECTOR:
+        decay = pairs(log_decays(g, token, t < T), BLOCK_T, PRECISION)
+        A *= decay
+        M *= tl.where(i[:, None] > i[None, :], decay, 0.0)
+    strength = tl.load(beta + token, mask=t < T, other=0.0).to(tl.float32)
+    solved = invert(strength[:, None] * M, BLOCK_T, PRECISION)
+    to = here[:, None] * BLOCK_T + i[None, :]
+    tl.store(weights + to, A.to(tile))
+    tl.store(products + to, M.to(tile))
+    tl.store(inverse + to, solved.to(tile))
+
+
+@triton.jit
+def gradients(
+    q,
+    k,
+    beta,
+    g,
+    weights,
+    products,
+    states,
+    dstates,
+    do,
+    written,
+    errors,
+    dweights,
+    dproducts,
+    dq,
+    dk,
+    dg,
+    T,
+    H,
+    K,
+    V,
+    N,
+    VECTOR: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Gradients of queries, keys and log decays; a scalar decay's in a part for each BLOCK_K."""
+    mine = tl.cast(tl.program_id(0), tl.int64)
+    row, n = mine // N, mine % N
+    rows = tl.cast(tl.num_programs(0), tl.int64) // N
+    i = tl.arange(0, BLOCK_T)
+    t = n * BLOCK_T + i
+    token = (row // H * T + t) * H + row % H
+    here = mine * BLOCK_T + i
+    c = tl.cast(tl.program_id(1), tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
+    tile = written.dtype.element_ty
+    strength = tl.load(beta + token, mask=t < T, other=0.0).to(tl.float32)[:, None]
+    dqueries = tl.zeros((BLOCK_T, BLOCK_K), tl.float32)
+    dkeys = tl.zeros((BLOCK_T, BLOCK_K), tl.float32)
+    dwrites = tl.zeros((BLOCK_T, BLOCK_K), tl.float32)
+    dover = tl.zeros((BLOCK_K,), tl.float32)
+    for first in range(0, V, BLOCK_V):
+        w = tl.cast(first, tl.int64) + tl.arange(0, BLOCK_V)
+        inside = (c < K)[:, None] & (w < V)[None, :]
+        state = ((n * rows + row) * K + c)[:, None] * V + w[None, :]
+        S = tl.load(states + state, mask=inside, other=0.0)
+        dS = tl.load(dstates + state, mask=inside, other=0.0)
+        at, there = token[:, None] * V + w[None, :], (t < T)[:, None] & (w < V)[None, :]
+        do_t = tl.load(do + at, mask=there, other=0.0).to(tile)
+        scratch, wide = here[:, None] * V + w[None, :], (w < V)[None, :]
+        u = tl.load(written + scratch, mask=wide, other=0.0)
+        dv = strength * tl.load(errors + scratch, mask=wide, other=0.0).to(tl.float32)
+        turned = tl.trans(S.to(tile))
+        dqueries += tl.dot(do_t, turned, input_precision=PRECISION)
+        dkeys -= tl.dot(dv.to(tile), turned, input_precision=PRECISION)
+        dwrites += tl.dot(u, tl.trans(dS.to(tile)), input_precision=PRECISION)
+        dover += tl.sum(S * dS, 1)
+    at, there = token[:, None] * K + c[None, :], (t < T)[:, None] & (c < K)[None, :]
+    q_t = tl.load(q + at, mask=there, other=0.0).to(tl.float32)
+    k_t = tl.load(k + at, mask=there, other=0.0).to(tl.float32)
+    square = here[:, None] * BLOCK_T + i[None, :]
+    dA, dM = tl.load(dweights + square), tl.load(dproducts + square)
+    begun, ended = between(i * 0 - 1, BLOCK_T), between(i * 0 + BLOCK_T - 1, BLOCK_T)
+    if VECTOR:
+        g_t = log_decays(g, at, there)
+        since = tl.exp(tl.dot(begun, g_t, input_precision=PRECISION))
+        until = tl.exp(tl.dot(ended, g_t, input_precision=PRECISION))
+        dsince, duntil = (dqueries * q_t + dkeys * k_t) * since, dwrites * k_t * until
+        dlog = tl.dot(tl.trans(begun), dsince, input_precision=PRECISION)
+        dlog += tl.dot(tl.trans(ended), duntil, input_precision=PRECISION)
+        dlog += (dover * tl.exp(tl.sum(g_t, 0)))[None, :]
+        diagonal = tl.sum(tl.where(i[:, None] == i[None, :], dA, 0.0), 1)[:, None]
+        dq_t = dqueries * since + diagonal * k_t
+        dk_t = dkeys * since + dwrites * until + diagonal * q_t
+        for level in range(LEVELS):
+            ones = between(halfway(1 << level, BLOCK_T), BLOCK_T)
+            left = tl.exp(tl.dot(ones, g_t, input_precision=PRECISION))
+            q_left, k_left = q_t * left, k_t * left
+            dA_here, dM_here = corner(dA, 1 << level, BLOCK_T), corner(dM, 1 << level, BLOCK_T)
+            dA_here, dM_here = dA_here.to(tile), (dM_here + tl.trans(dM_here)).to(tile)
+            k_half = k_left.to(tile)
+            dright = tl.dot(dA_here, k_half, input_precision=PRECISION)
+            dleft = tl.dot(dM_here, k_half, input_precision=PRECISION)
+            turned = tl.trans(dA_here)
+            dleft += tl.dot(turned, q_left.to(tile), input_precision=PRECISION)
+            dq_t += dright * left
+            dk_t += dleft * left
+            dleft = dright * q_left + dleft * k_left
+            dlog += tl.dot(tl.trans(ones), dleft, input_precision=PRECISION)
+        tl.store(dg + at, dlog, mask=there)
+    else:
+        g_t = log_decays(g, token, t < T)
+        since = tl.exp(tl.sum(begun * g_t[None, :], 1))
+        until = tl.exp(tl.sum(ended * g_t[None, :], 1))
+        dsince = tl.sum(dqueries * q_t + dkeys * k_t, 1) * since
+        duntil = tl.sum(dwrites * k_t, 1) * until
+        dlog = tl.sum(begun * dsince[:, None] + ended * duntil[:, None], 0)
+        dlog += tl.sum(dover, 0) * tl.exp(tl.sum(g_t, 0))
+        A = tl.load(weights + square).to(tl.float32)
+        M = tl.load(products + square).to(tl.float32)
+        dexponent = tl.where(i[:, None] > i[None, :], dA * A + dM * M, 0.0)
+        after = tl.where(i[:, None] < i[None, :], 1.0, 0.0)
+        dexponent = tl.dot(dexponent, after, input_precision=PRECISION)
+        dexponent = tl.sum(tl.where(i[None, :] <= i[:, None], dexponent, 0.0), 0)
+        dlog += tl.where(tl.program_id(1) == 0, dexponent, 0.0)
+        decay = pairs(g_t, BLOCK_T, PRECISION)
+        dA *= decay
+        dM *= decay
+        turned = tl.trans(dA).to(tile)
+        both = (dM + tl.trans(dM)).to(tile)
+        q_half, k_half = q_t.to(tile), k_t.to(tile)
+        dq_t = dqueries * since[:, None]
+        dq_t += tl.dot(dA.to(tile), k_half, input_precision=PRECISION)
+        dk_t = dkeys * since[:, None] + dwrites * until[:, None]
+        dk_t += tl.dot(turned, q_half, input_precision=PRECISION)
+        dk_t += tl.dot(both, k_half, input_precision=PRECISION)
+        part = tl.cast(tl.program_id(1), tl.int64) * (rows // H) * T * H
+        tl.store(dg + part + token, dlog, mask=t < T)
+    tl.store(dq + at, dq_t, mask=there)
+    tl.store(dk + at, dk_t, mask=there)
