@@ -24,7 +24,7 @@ from seqzoo.kernels.delta.fused_keys import CHUNK, gradients, prepare
 from seqzoo.kernels.fused import OPTIONS, Variant
 
 WIDTHS = (64, 128, 256)  # keys' channels, filled up
-CHANNELS = 64  # of keys, where they are worked on in parts
+CHANNELS = 32  # of keys, where they are worked on in parts
 
 
 class Prepared(NamedTuple):
@@ -103,7 +103,7 @@ def step(
 def _prepared(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor) -> Prepared:
     (B, T, H, K), N = k.shape, chunk_count(k.shape[1])
     tile, width = torch.promote_types(k.dtype, v.dtype), _width(K)
-    squares = (k.new_empty(B * H * N, CHUNK, CHUNK, dtype=tile) for _ in range(3))
+    squares = (k.new_empty(B * H * N, CHUNK, CHUNK, dtype=x) for x in (tile, torch.float32, torch.float32))
     decayed = (k.new_empty(B * H * N, CHUNK, width, dtype=tile) for _ in range(3))
     made = Prepared(*squares, *decayed, k.new_empty(B * H * N, width, dtype=torch.float32))
     _launch(prepare, (B * H * N,), K, made.keys, q, k, beta, g, *made, T, H, K, N, VECTOR=_vector(g))
@@ -123,10 +123,9 @@ def _config(kernel: triton.JITFunction, width: int, size: int) -> dict[str, Any]
     """How a kernel is compiled for so many key channels, filled up, and bytes a number in products."""
     if kernel is _step:
         return {"BLOCK_K": width, "BLOCK_V": 16, "num_warps": 4}
-    config: dict[str, Any] = {"PRECISION": "ieee", "BLOCK_T": CHUNK, "num_warps": 4, "num_stages": 1}
-    if kernel is prepare:
-        return config | {"WIDTH": width, "BLOCK_K": CHANNELS}
-    return config | {"BLOCK_K": CHANNELS if kernel is gradients else width, "BLOCK_V": 32}
+    fixed = {"PRECISION": "ieee", "BLOCK_T": CHUNK, "num_warps": 4, "num_stages": 1}
+    config = fixed | {"BLOCK_K": 32, "BLOCK_V": 16, "WIDTH": width}
+    return {k: x for k, x in config.items() if k in (*kernel.arg_names, "num_warps", "num_stages")}
 
 
 def _launch(
@@ -164,6 +163,7 @@ def _forward(
     K,
     V,
     N,
+    WIDTH: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -173,29 +173,37 @@ def _forward(
     rows = tl.cast(tl.num_programs(0), tl.int64)
     i, c = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_K)
     w = tl.cast(tl.program_id(1), tl.int64) * BLOCK_V + tl.arange(0, BLOCK_V)
-    inside = (c < K)[:, None] & (w < V)[None, :]
     tile = queries.dtype.element_ty
-    S = tl.load(states + (row * K + c)[:, None] * V + w[None, :], mask=inside, other=0.0)
+    S = ()
+    for part in tl.static_range(0, WIDTH, BLOCK_K):
+        mine, inside = (row * K + part + c)[:, None] * V, (part + c < K)[:, None] & (w < V)[None, :]
+        S += (tl.load(states + mine + w[None, :], mask=inside, other=0.0),)  # type: ignore[assignment]
     for chunk in range(N):
         n = tl.cast(chunk, tl.int64)
         t, here = n * BLOCK_T + i, (row * N + n) * BLOCK_T + i
         token = (row // H * T + t) * H + row % H
         at, there = token[:, None] * V + w[None, :], (t < T)[:, None] & (w < V)[None, :]
-        v_t = tl.load(v + at, mask=there, other=0.0).to(tl.float32)
-        strength = tl.load(beta + token, mask=t < T, other=0.0).to(tl.float32)[:, None]
-        deep = here[:, None] * BLOCK_K + c[None, :]
+        deep = here[:, None] * WIDTH + c[None, :]
         square = here[:, None] * BLOCK_T + i[None, :]
-        held = S.to(tile)
-        error = v_t - tl.dot(tl.load(keys + deep), held, input_precision=PRECISION)
-        solve = tl.load(inverse + square)
-        u = tl.dot(solve, (strength * error).to(tile), input_precision=PRECISION).to(tile)
-        out = tl.dot(tl.load(queries + deep), held, input_precision=PRECISION)
+        error = tl.load(v + at, mask=there, other=0.0).to(tl.float32)
+        out = tl.zeros((BLOCK_T, BLOCK_V), tl.float32)
+        for part in tl.static_range(0, WIDTH, BLOCK_K):
+            held = S[part // BLOCK_K].to(tile)
+            error -= tl.dot(tl.load(keys + deep + part), held, input_precision=PRECISION)
+            out += tl.dot(tl.load(queries + deep + part), held, input_precision=PRECISION)
+        error *= tl.load(beta + token, mask=t < T, other=0.0).to(tl.float32)[:, None]
+        u = tl.dot(tl.load(inverse + square), error, input_precision=PRECISION).to(tile)
         out += tl.dot(tl.load(weights + square), u, input_precision=PRECISION)
         tl.store(o + at, out, mask=there)
-        over = tl.load(total + (row * N + n) * BLOCK_K + c)[:, None]
-        S = over * S + tl.dot(tl.trans(tl.load(writes + deep)), u, input_precision=PRECISION)
-        state = (((n + 1) * rows + row) * K + c)[:, None] * V + w[None, :]
-        tl.store(states + state, S, mask=inside)
+        after = ()
+        for part in tl.static_range(0, WIDTH, BLOCK_K):
+            over = tl.load(total + (row * N + n) * WIDTH + part + c)[:, None]
+            turned = tl.trans(tl.load(writes + deep + part))
+            new = over * S[part // BLOCK_K] + tl.dot(turned, u, input_precision=PRECISION)
+            to = (((n + 1) * rows + row) * K + part + c)[:, None] * V + w[None, :]
+            tl.store(states + to, new, mask=(part + c < K)[:, None] & (w < V)[None, :])
+            after += (new,)  # type: ignore[assignment]
+        S = after
 
 
 @triton.jit
@@ -218,43 +226,53 @@ def _backward(
     K,
     V,
     N,
+    WIDTH: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Gradients of values and of the states after each chunk; of errors as R = T^T du."""
+    """Gradients of values and of the states after each chunk; of beta times error, R = T^T du."""
     row = tl.cast(tl.program_id(0), tl.int64)
     rows = tl.cast(tl.num_programs(0), tl.int64)
     i, c = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_K)
     w = tl.cast(tl.program_id(1), tl.int64) * BLOCK_V + tl.arange(0, BLOCK_V)
-    inside = (c < K)[:, None] & (w < V)[None, :]
     tile = queries.dtype.element_ty
-    mine = (row * K + c)[:, None] * V + w[None, :]
-    dS = tl.load(dstate + mine, mask=inside, other=0.0)
+    dS = ()
+    for part in tl.static_range(0, WIDTH, BLOCK_K):
+        mine, inside = (row * K + part + c)[:, None] * V, (part + c < K)[:, None] & (w < V)[None, :]
+        dS += (tl.load(dstate + mine + w[None, :], mask=inside, other=0.0),)  # type: ignore[assignment]
     for back in range(N):
         n = tl.cast(N - 1 - back, tl.int64)
-        state = ((n * rows + row) * K + c)[:, None] * V + w[None, :]
-        tl.store(dstates + state, dS, mask=inside)
         t, here = n * BLOCK_T + i, (row * N + n) * BLOCK_T + i
         token = (row // H * T + t) * H + row % H
         at, there = token[:, None] * V + w[None, :], (t < T)[:, None] & (w < V)[None, :]
-        do_t = tl.load(do + at, mask=there, other=0.0).to(tile)
-        strength = tl.load(beta + token, mask=t < T, other=0.0).to(tl.float32)[:, None]
-        deep = here[:, None] * BLOCK_K + c[None, :]
+        deep = here[:, None] * WIDTH + c[None, :]
         square = here[:, None] * BLOCK_T + i[None, :]
+        do_t = tl.load(do + at, mask=there, other=0.0).to(tile)
         du = tl.dot(tl.trans(tl.load(weights + square)), do_t, input_precision=PRECISION)
-        du += tl.dot(tl.load(writes + deep), dS.to(tile), input_precision=PRECISION)
-        solve = tl.trans(tl.load(inverse + square))
-        derror = tl.dot(solve, du.to(tile), input_precision=PRECISION)
+        for part in tl.static_range(0, WIDTH, BLOCK_K):
+            after = dS[part // BLOCK_K]
+            to = ((n * rows + row) * K + part + c)[:, None] * V + w[None, :]
+            tl.store(dstates + to, after, mask=(part + c < K)[:, None] & (w < V)[None, :])
+            du += tl.dot(tl.load(writes + deep + part), after.to(tile), input_precision=PRECISION)
+        derror = tl.dot(tl.trans(tl.load(inverse + square)), du, input_precision=PRECISION)
         tl.store(errors + here[:, None] * V + w[None, :], derror, mask=(w < V)[None, :])
-        derror *= strength
+        derror *= tl.load(beta + token, mask=t < T, other=0.0).to(tl.float32)[:, None]
         tl.store(dv + at, derror, mask=there)
-        dS *= tl.load(total + (row * N + n) * BLOCK_K + c)[:, None]
-        dS += tl.dot(tl.trans(tl.load(queries + deep)), do_t, input_precision=PRECISION)
         derror = derror.to(tile)
-        dS -= tl.dot(tl.trans(tl.load(keys + deep)), derror, input_precision=PRECISION)
-    tl.store(dstart + mine, dS, mask=inside)
+        before = ()
+        for part in tl.static_range(0, WIDTH, BLOCK_K):
+            new = tl.load(total + (row * N + n) * WIDTH + part + c)[:, None] * dS[part // BLOCK_K]
+            turned = tl.trans(tl.load(queries + deep + part))
+            new += tl.dot(turned, do_t, input_precision=PRECISION)
+            turned = tl.trans(tl.load(keys + deep + part))
+            new -= tl.dot(turned, derror, input_precision=PRECISION)
+            before += (new,)  # type: ignore[assignment]
+        dS = before
+    for part in tl.static_range(0, WIDTH, BLOCK_K):
+        mine, inside = (row * K + part + c)[:, None] * V, (part + c < K)[:, None] & (w < V)[None, :]
+        tl.store(dstart + mine + w[None, :], dS[part // BLOCK_K], mask=inside)
 
 
 @triton.jit
@@ -276,6 +294,7 @@ def _corrections(
     K,
     V,
     N,
+    WIDTH: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -285,37 +304,39 @@ def _corrections(
     mine = tl.cast(tl.program_id(0), tl.int64)
     row, n = mine // N, mine % N
     rows = tl.cast(tl.num_programs(0), tl.int64) // N
-    i, c = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_K)
+    i = tl.arange(0, BLOCK_T)
     t, here = n * BLOCK_T + i, mine * BLOCK_T + i
     token = (row // H * T + t) * H + row % H
     tile = keys.dtype.element_ty
     strength = tl.load(beta + token, mask=t < T, other=0.0).to(tl.float32)
     square = here[:, None] * BLOCK_T + i[None, :]
-    k_t, solve = tl.load(keys + here[:, None] * BLOCK_K + c[None, :]), tl.load(inverse + square)
     dA = tl.zeros((BLOCK_T, BLOCK_T), tl.float32)
     dM = tl.zeros((BLOCK_T, BLOCK_T), tl.float32)
     dstrength = tl.zeros((BLOCK_T,), tl.float32)
     for first in range(0, V, BLOCK_V):
         w = tl.cast(first, tl.int64) + tl.arange(0, BLOCK_V)
-        inside = (c < K)[:, None] & (w < V)[None, :]
-        state = ((n * rows + row) * K + c)[:, None] * V + w[None, :]
-        S = tl.load(states + state, mask=inside, other=0.0).to(tile)
         at, there = token[:, None] * V + w[None, :], (t < T)[:, None] & (w < V)[None, :]
         error = tl.load(v + at, mask=there, other=0.0).to(tl.float32)
-        error -= tl.dot(k_t, S, input_precision=PRECISION)
-        do_t = tl.load(do + at, mask=there, other=0.0).to(tile)
+        for part in range(0, WIDTH, BLOCK_K):
+            c = tl.cast(part, tl.int64) + tl.arange(0, BLOCK_K)
+            inside = (c < K)[:, None] & (w < V)[None, :]
+            state = ((n * rows + row) * K + c)[:, None] * V + w[None, :]
+            S = tl.load(states + state, mask=inside, other=0.0).to(tile)
+            k_t = tl.load(keys + here[:, None] * WIDTH + c[None, :])
+            error -= tl.dot(k_t, S, input_precision=PRECISION)
         wide, to = (w < V)[None, :], here[:, None] * V + w[None, :]
-        u = tl.dot(solve, (strength[:, None] * error).to(tile), input_precision=PRECISION)
-        u = u.to(tile)
-        tl.store(written + to, u, mask=wide)
         derror = tl.load(errors + to, mask=wide, other=0.0)
         dstrength += tl.sum(derror.to(tl.float32) * error, 1)
+        error *= strength[:, None]
+        u = tl.dot(tl.load(inverse + square), error, input_precision=PRECISION).to(tile)
+        tl.store(written + to, u, mask=wide)
         turned = tl.trans(u)
+        do_t = tl.load(do + at, mask=there, other=0.0).to(tile)
         dA += tl.dot(do_t, turned, input_precision=PRECISION)
         dM -= tl.dot(derror, turned, input_precision=PRECISION)
     dA = tl.where(i[:, None] >= i[None, :], dA, 0.0)
     dM = tl.where(i[:, None] > i[None, :], dM, 0.0)
-    dstrength += tl.sum(dM * tl.load(products + square).to(tl.float32), 1)
+    dstrength += tl.sum(dM * tl.load(products + square), 1)
     tl.store(dbeta + token, dstrength, mask=t < T)
     tl.store(dweights + square, dA)
     tl.store(dproducts + square, strength[:, None] * dM)
@@ -356,7 +377,7 @@ def _step(
 
 
 def _variants() -> tuple[Variant, ...]:
-    narrow = ("q", "k", "v", "o", "do", "weights", "products", "inverse", "queries", "keys")
+    narrow = ("q", "k", "v", "o", "do", "weights", "queries", "keys")
     narrow += ("writes", "errors", "written", "dq", "dk", "dv")
     made = []
     for kernel in (prepare, _forward, _backward, _corrections, gradients, _step):

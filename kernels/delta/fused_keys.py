@@ -27,12 +27,11 @@ def between(border, BLOCK_T: tl.constexpr):
 
 
 @triton.jit
-def corner(x, size, BLOCK_T: tl.constexpr):
-    """Keep what right halves of blocks of 2 * `size` tokens have to do with the left halves."""
+def corner(size, BLOCK_T: tl.constexpr):
+    """Where right halves of blocks of 2 * `size` tokens meet their left halves."""
     i = tl.arange(0, BLOCK_T)
     apart = i[:, None] ^ i[None, :]
-    here = (apart >= size) & (apart < 2 * size) & (i[:, None] > i[None, :])
-    return tl.where(here, x, 0.0)
+    return (apart >= size) & (apart < 2 * size) & (i[:, None] > i[None, :])
 
 
 @triton.jit
@@ -59,15 +58,13 @@ def pairs(g, BLOCK_T: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def invert(products, BLOCK_T: tl.constexpr, PRECISION: tl.constexpr):
-    """(1 + products)^-1 of a strictly lower triangle, from the inverses of ever larger blocks."""
-    i = tl.arange(0, BLOCK_T)
-    inverse = tl.where(i[:, None] == i[None, :], 1.0, 0.0)
-    for level in range(LEVELS):
-        below = corner(products, 1 << level, BLOCK_T)
-        below = tl.dot(inverse, below, input_precision=PRECISION)
-        inverse -= tl.dot(below, inverse, input_precision=PRECISION)
-    return inverse
+def _part(q, k, token, first, T, K, t, BLOCK_K: tl.constexpr):
+    """Queries and keys of a block of channels, and where they lie."""
+    c = tl.cast(first, tl.int64) + tl.arange(0, BLOCK_K)
+    at, there = token[:, None] * K + c[None, :], (t < T)[:, None] & (c < K)[None, :]
+    q_t = tl.load(q + at, mask=there, other=0.0).to(tl.float32)
+    k_t = tl.load(k + at, mask=there, other=0.0).to(tl.float32)
+    return q_t, k_t, at, there
 
 
 @triton.jit
@@ -88,67 +85,74 @@ def prepare(
     K,
     N,
     VECTOR: tl.constexpr,
+    WIDTH: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    WIDTH: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """A, M, T of a chunk; queries and keys decayed since it began, keys until its end."""
+    """Queries and keys decayed since the chunk began, keys until its end; A, M and T."""
     mine = tl.cast(tl.program_id(0), tl.int64)
     row, n = mine // N, mine % N
     i = tl.arange(0, BLOCK_T)
     t = n * BLOCK_T + i
     token = (row // H * T + t) * H + row % H
-    here = mine * BLOCK_T + i
     tile = queries.dtype.element_ty
+    begun, ended = between(i * 0 - 1, BLOCK_T), between(i * 0 + BLOCK_T - 1, BLOCK_T)
+    square = (mine * BLOCK_T + i)[:, None] * BLOCK_T + i[None, :]
     A = tl.zeros((BLOCK_T, BLOCK_T), tl.float32)
     M = tl.zeros((BLOCK_T, BLOCK_T), tl.float32)
+    diagonal = tl.zeros((BLOCK_T,), tl.float32)
     for first in range(0, WIDTH, BLOCK_K):
-        c = tl.cast(first, tl.int64) + tl.arange(0, BLOCK_K)
-        at, there = token[:, None] * K + c[None, :], (t < T)[:, None] & (c < K)[None, :]
-        q_t = tl.load(q + at, mask=there, other=0.0).to(tl.float32)
-        k_t = tl.load(k + at, mask=there, other=0.0).to(tl.float32)
+        q_t, k_t, at, there = _part(q, k, token, first, T, K, t, BLOCK_K)
         if VECTOR:
             g_t = log_decays(g, at, there)
-            for level in range(LEVELS):
-                border = halfway(1 << level, BLOCK_T)
-                passed = tl.dot(between(border, BLOCK_T), g_t, input_precision=PRECISION)
-                left = tl.exp(passed)
-                q_left, k_left = (q_t * left).to(tile), (k_t * left).to(tile)
-                k_turned = tl.trans(k_left)
-                part = tl.dot(q_left, k_turned, input_precision=PRECISION)
-                A += corner(part, 1 << level, BLOCK_T)
-                part = tl.dot(k_left, k_turned, input_precision=PRECISION)
-                M += corner(part, 1 << level, BLOCK_T)
-            A += tl.where(i[:, None] == i[None, :], tl.sum(q_t * k_t, 1)[:, None], 0.0)
-            begun, ended = between(i * 0 - 1, BLOCK_T), between(i * 0 + BLOCK_T - 1, BLOCK_T)
             since = tl.exp(tl.dot(begun, g_t, input_precision=PRECISION))
             until = tl.exp(tl.dot(ended, g_t, input_precision=PRECISION))
             over = tl.exp(tl.sum(g_t, 0))
+            diagonal += tl.sum(q_t * k_t, 1)
         else:
             g_t = log_decays(g, token, t < T)
-            q_half, k_turned = q_t.to(tile), tl.trans(k_t.to(tile))
-            A += tl.dot(q_half, k_turned, input_precision=PRECISION)
-            M += tl.dot(k_t.to(tile), k_turned, input_precision=PRECISION)
-            begun, ended = between(i * 0 - 1, BLOCK_T), between(i * 0 + BLOCK_T - 1, BLOCK_T)
             since = tl.exp(tl.sum(begun * g_t[None, :], 1))[:, None]
             until = tl.exp(tl.sum(ended * g_t[None, :], 1))[:, None]
             over = tl.exp(tl.sum(g_t, 0)) + tl.zeros((BLOCK_K,), tl.float32)
-        to = here[:, None] * WIDTH + c[None, :]
+            turned = tl.trans(k_t.to(tile))
+            A += tl.dot(q_t.to(tile), turned, input_precision=PRECISION)
+            M += tl.dot(k_t.to(tile), turned, input_precision=PRECISION)
+        c = tl.cast(first, tl.int64) + tl.arange(0, BLOCK_K)
+        to = (mine * BLOCK_T + i)[:, None] * WIDTH + c[None, :]
         tl.store(queries + to, (q_t * since).to(tile))
         tl.store(keys + to, (k_t * since).to(tile))
         tl.store(writes + to, (k_t * until).to(tile))
         tl.store(total + mine * WIDTH + c, over)
-    if not VECTOR:
+    if VECTOR:
+        tl.store(weights + square, tl.where(i[:, None] == i[None, :], diagonal[:, None], 0.0))
+        tl.store(products + square, M)
+        tl.debug_barrier()  # below the diagonal comes what follows
+        for level in range(LEVELS):
+            ones, here = between(halfway(1 << level, BLOCK_T), BLOCK_T), corner(1 << level, BLOCK_T)
+            A = tl.zeros((BLOCK_T, BLOCK_T), tl.float32)
+            M = tl.zeros((BLOCK_T, BLOCK_T), tl.float32)
+            for first in range(0, WIDTH, BLOCK_K):
+                q_t, k_t, at, there = _part(q, k, token, first, T, K, t, BLOCK_K)
+                left = tl.dot(ones, log_decays(g, at, there), input_precision=PRECISION)
+                left = tl.exp(left)
+                q_left, k_left = (q_t * left).to(tile), (k_t * left).to(tile)
+                A += tl.dot(q_left, tl.trans(k_left), input_precision=PRECISION)
+                M += tl.dot(k_left, tl.trans(k_left), input_precision=PRECISION)
+            tl.store(weights + square, A, mask=here)
+            tl.store(products + square, M, mask=here)
+    else:
         decay = pairs(log_decays(g, token, t < T), BLOCK_T, PRECISION)
-        A *= decay
-        M *= tl.where(i[:, None] > i[None, :], decay, 0.0)
-    strength = tl.load(beta + token, mask=t < T, other=0.0).to(tl.float32)
-    solved = invert(strength[:, None] * M, BLOCK_T, PRECISION)
-    to = here[:, None] * BLOCK_T + i[None, :]
-    tl.store(weights + to, A.to(tile))
-    tl.store(products + to, M.to(tile))
-    tl.store(inverse + to, solved.to(tile))
+        tl.store(weights + square, A * decay)
+        tl.store(products + square, tl.where(i[:, None] > i[None, :], M * decay, 0.0))
+    tl.debug_barrier()
+    strength = tl.load(beta + token, mask=t < T, other=0.0).to(tl.float32)[:, None]
+    solved = tl.where(i[:, None] == i[None, :], 1.0, 0.0)
+    for level in range(LEVELS):  # from the inverses of blocks on the diagonal those of larger ones
+        below = tl.load(products + square, mask=corner(1 << level, BLOCK_T), other=0.0)
+        below = tl.dot(solved, strength * below, input_precision=PRECISION)
+        solved -= tl.dot(below, solved, input_precision=PRECISION)
+    tl.store(inverse + square, solved)
 
 
 @triton.jit
@@ -232,7 +236,8 @@ def gradients(
             ones = between(halfway(1 << level, BLOCK_T), BLOCK_T)
             left = tl.exp(tl.dot(ones, g_t, input_precision=PRECISION))
             q_left, k_left = q_t * left, k_t * left
-            dA_here, dM_here = corner(dA, 1 << level, BLOCK_T), corner(dM, 1 << level, BLOCK_T)
+            here_only = corner(1 << level, BLOCK_T)
+            dA_here, dM_here = tl.where(here_only, dA, 0.0), tl.where(here_only, dM, 0.0)
             dA_here, dM_here = dA_here.to(tile), (dM_here + tl.trans(dM_here)).to(tile)
             k_half = k_left.to(tile)
             dright = tl.dot(dA_here, k_half, input_precision=PRECISION)
@@ -253,7 +258,7 @@ def gradients(
         dlog = tl.sum(begun * dsince[:, None] + ended * duntil[:, None], 0)
         dlog += tl.sum(dover, 0) * tl.exp(tl.sum(g_t, 0))
         A = tl.load(weights + square).to(tl.float32)
-        M = tl.load(products + square).to(tl.float32)
+        M = tl.load(products + square)
         dexponent = tl.where(i[:, None] > i[None, :], dA * A + dM * M, 0.0)
         after = tl.where(i[:, None] < i[None, :], 1.0, 0.0)
         dexponent = tl.dot(dexponent, after, input_precision=PRECISION)
