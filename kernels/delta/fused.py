@@ -74,19 +74,20 @@ def backward(
     (B, T, H, V), K, N = v.shape, k.shape[3], len(states) - 1
     errors, written = (made.keys.new_empty(B * H * N, CHUNK, V) for _ in range(2))
     dA, dM = (states.new_empty(B * H * N, CHUNK, CHUNK) for _ in range(2))
-    dstates = states.new_empty(N, *states.shape[1:])
-    dq, dk, dv, dbeta, dstart = (torch.empty_like(x) for x in (q, k, v, beta, states[0]))
+    dstates = torch.empty_like(states)
+    dstates[-1] = dstate
+    dq, dk, dv, dbeta = (torch.empty_like(x) for x in (q, k, v, beta))
     sizes = (T, H, K, V, N)
-    given = (beta, do, dstate.contiguous(), made.weights, *made[2:])
-    _launch(_backward, (B * H, V), K, made.keys, *given, errors, dv, dstates, dstart, *sizes)
+    given = (beta, do, made.weights, *made[2:])
+    _launch(_backward, (B * H, V), K, made.keys, *given, errors, dv, dstates, *sizes)
     given = (v, beta, do, made.products, made.inverse, made.keys, states, errors)
     _launch(_corrections, (B * H * N,), K, made.keys, *given, written, dA, dM, dbeta, *sizes)
-    given = (q, k, beta, g, made.weights, made.products, states, dstates, do, written, errors)
+    given = (q, k, beta, g, made.weights, made.products, states, dstates[1:], do, written, errors)
     dg = torch.empty_like(g)
     if not _vector(g):  # a part for each block of channels
         dg = states.new_empty(triton.cdiv(K, CHANNELS), *g.shape)
     _launch(gradients, (B * H * N, K), K, made.keys, *given, dA, dM, dq, dk, dg, *sizes, VECTOR=_vector(g))
-    return dq, dk, dv, dbeta, dg if _vector(g) else dg.sum(0).to(g.dtype), dstart
+    return dq, dk, dv, dbeta, dg if _vector(g) else dg.sum(0).to(g.dtype), dstates[0].clone()
 
 
 def step(
@@ -169,48 +170,46 @@ def _forward(
     BLOCK_V: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    """The state goes through memory, where it is kept for the backward pass anyway."""
     row = tl.cast(tl.program_id(0), tl.int64)
     rows = tl.cast(tl.num_programs(0), tl.int64)
-    i, c = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_K)
+    i = tl.arange(0, BLOCK_T)
     w = tl.cast(tl.program_id(1), tl.int64) * BLOCK_V + tl.arange(0, BLOCK_V)
     tile = queries.dtype.element_ty
-    S = ()
-    for part in tl.static_range(0, WIDTH, BLOCK_K):
-        mine, inside = (row * K + part + c)[:, None] * V, (part + c < K)[:, None] & (w < V)[None, :]
-        S += (tl.load(states + mine + w[None, :], mask=inside, other=0.0),)  # type: ignore[assignment]
     for chunk in range(N):
         n = tl.cast(chunk, tl.int64)
         t, here = n * BLOCK_T + i, (row * N + n) * BLOCK_T + i
         token = (row // H * T + t) * H + row % H
-        at, there = token[:, None] * V + w[None, :], (t < T)[:, None] & (w < V)[None, :]
-        deep = here[:, None] * WIDTH + c[None, :]
         square = here[:, None] * BLOCK_T + i[None, :]
+        at, there = token[:, None] * V + w[None, :], (t < T)[:, None] & (w < V)[None, :]
         error = tl.load(v + at, mask=there, other=0.0).to(tl.float32)
         out = tl.zeros((BLOCK_T, BLOCK_V), tl.float32)
-        for part in tl.static_range(0, WIDTH, BLOCK_K):
-            held = S[part // BLOCK_K].to(tile)
-            error -= tl.dot(tl.load(keys + deep + part), held, input_precision=PRECISION)
-            out += tl.dot(tl.load(queries + deep + part), held, input_precision=PRECISION)
+        for part in range(0, K, BLOCK_K):
+            c = tl.cast(part, tl.int64) + tl.arange(0, BLOCK_K)
+            state, inside = (row * K + c)[:, None] * V + w[None, :], (c < K)[:, None] & (w < V)[None, :]
+            held = tl.load(states + n * rows * K * V + state, mask=inside, other=0.0).to(tile)
+            deep = here[:, None] * WIDTH + c[None, :]
+            error -= tl.dot(tl.load(keys + deep), held, input_precision=PRECISION)
+            out += tl.dot(tl.load(queries + deep), held, input_precision=PRECISION)
         error *= tl.load(beta + token, mask=t < T, other=0.0).to(tl.float32)[:, None]
         u = tl.dot(tl.load(inverse + square), error, input_precision=PRECISION).to(tile)
         out += tl.dot(tl.load(weights + square), u, input_precision=PRECISION)
         tl.store(o + at, out, mask=there)
-        after = ()
-        for part in tl.static_range(0, WIDTH, BLOCK_K):
-            over = tl.load(total + (row * N + n) * WIDTH + part + c)[:, None]
-            turned = tl.trans(tl.load(writes + deep + part))
-            new = over * S[part // BLOCK_K] + tl.dot(turned, u, input_precision=PRECISION)
-            to = (((n + 1) * rows + row) * K + part + c)[:, None] * V + w[None, :]
-            tl.store(states + to, new, mask=(part + c < K)[:, None] & (w < V)[None, :])
-            after += (new,)  # type: ignore[assignment]
-        S = after
+        for part in range(0, K, BLOCK_K):
+            c = tl.cast(part, tl.int64) + tl.arange(0, BLOCK_K)
+            state, inside = (row * K + c)[:, None] * V + w[None, :], (c < K)[:, None] & (w < V)[None, :]
+            held = tl.load(states + n * rows * K * V + state, mask=inside, other=0.0)
+            held *= tl.load(total + (row * N + n) * WIDTH + c)[:, None]
+            turned = tl.trans(tl.load(writes + here[:, None] * WIDTH + c[None, :]))
+            held += tl.dot(turned, u, input_precision=PRECISION)
+            tl.store(states + (n + 1) * rows * K * V + state, held, mask=inside)
+        tl.debug_barrier()  # the next chunk reads what this one has written
 
 
 @triton.jit
 def _backward(
     beta,
     do,
-    dstate,
     weights,
     inverse,
     queries,
@@ -220,7 +219,6 @@ def _backward(
     errors,
     dv,
     dstates,
-    dstart,
     T,
     H,
     K,
@@ -232,47 +230,41 @@ def _backward(
     BLOCK_V: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Gradients of values and of the states after each chunk; of beta times error, R = T^T du."""
+    """Gradients of values and of states, in memory as in `_forward`; of beta error: R = T^T du."""
     row = tl.cast(tl.program_id(0), tl.int64)
     rows = tl.cast(tl.num_programs(0), tl.int64)
-    i, c = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_K)
+    i = tl.arange(0, BLOCK_T)
     w = tl.cast(tl.program_id(1), tl.int64) * BLOCK_V + tl.arange(0, BLOCK_V)
     tile = queries.dtype.element_ty
-    dS = ()
-    for part in tl.static_range(0, WIDTH, BLOCK_K):
-        mine, inside = (row * K + part + c)[:, None] * V, (part + c < K)[:, None] & (w < V)[None, :]
-        dS += (tl.load(dstate + mine + w[None, :], mask=inside, other=0.0),)  # type: ignore[assignment]
     for back in range(N):
         n = tl.cast(N - 1 - back, tl.int64)
         t, here = n * BLOCK_T + i, (row * N + n) * BLOCK_T + i
         token = (row // H * T + t) * H + row % H
-        at, there = token[:, None] * V + w[None, :], (t < T)[:, None] & (w < V)[None, :]
-        deep = here[:, None] * WIDTH + c[None, :]
         square = here[:, None] * BLOCK_T + i[None, :]
+        at, there = token[:, None] * V + w[None, :], (t < T)[:, None] & (w < V)[None, :]
         do_t = tl.load(do + at, mask=there, other=0.0).to(tile)
         du = tl.dot(tl.trans(tl.load(weights + square)), do_t, input_precision=PRECISION)
-        for part in tl.static_range(0, WIDTH, BLOCK_K):
-            after = dS[part // BLOCK_K]
-            to = ((n * rows + row) * K + part + c)[:, None] * V + w[None, :]
-            tl.store(dstates + to, after, mask=(part + c < K)[:, None] & (w < V)[None, :])
-            du += tl.dot(tl.load(writes + deep + part), after.to(tile), input_precision=PRECISION)
+        for part in range(0, K, BLOCK_K):
+            c = tl.cast(part, tl.int64) + tl.arange(0, BLOCK_K)
+            state, inside = (row * K + c)[:, None] * V + w[None, :], (c < K)[:, None] & (w < V)[None, :]
+            dS = tl.load(dstates + (n + 1) * rows * K * V + state, mask=inside, other=0.0)
+            k_t = tl.load(writes + here[:, None] * WIDTH + c[None, :])
+            du += tl.dot(k_t, dS.to(tile), input_precision=PRECISION)
         derror = tl.dot(tl.trans(tl.load(inverse + square)), du, input_precision=PRECISION)
         tl.store(errors + here[:, None] * V + w[None, :], derror, mask=(w < V)[None, :])
         derror *= tl.load(beta + token, mask=t < T, other=0.0).to(tl.float32)[:, None]
         tl.store(dv + at, derror, mask=there)
         derror = derror.to(tile)
-        before = ()
-        for part in tl.static_range(0, WIDTH, BLOCK_K):
-            new = tl.load(total + (row * N + n) * WIDTH + part + c)[:, None] * dS[part // BLOCK_K]
-            turned = tl.trans(tl.load(queries + deep + part))
-            new += tl.dot(turned, do_t, input_precision=PRECISION)
-            turned = tl.trans(tl.load(keys + deep + part))
-            new -= tl.dot(turned, derror, input_precision=PRECISION)
-            before += (new,)  # type: ignore[assignment]
-        dS = before
-    for part in tl.static_range(0, WIDTH, BLOCK_K):
-        mine, inside = (row * K + part + c)[:, None] * V, (part + c < K)[:, None] & (w < V)[None, :]
-        tl.store(dstart + mine + w[None, :], dS[part // BLOCK_K], mask=inside)
+        for part in range(0, K, BLOCK_K):
+            c = tl.cast(part, tl.int64) + tl.arange(0, BLOCK_K)
+            state, inside = (row * K + c)[:, None] * V + w[None, :], (c < K)[:, None] & (w < V)[None, :]
+            dS = tl.load(dstates + (n + 1) * rows * K * V + state, mask=inside, other=0.0)
+            dS *= tl.load(total + (row * N + n) * WIDTH + c)[:, None]
+            deep = here[:, None] * WIDTH + c[None, :]
+            dS += tl.dot(tl.trans(tl.load(queries + deep)), do_t, input_precision=PRECISION)
+            dS -= tl.dot(tl.trans(tl.load(keys + deep)), derror, input_precision=PRECISION)
+            tl.store(dstates + n * rows * K * V + state, dS, mask=inside)
+        tl.debug_barrier()
 
 
 @triton.jit

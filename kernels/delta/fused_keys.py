@@ -219,7 +219,7 @@ def gradients(
     q_t = tl.load(q + at, mask=there, other=0.0).to(tl.float32)
     k_t = tl.load(k + at, mask=there, other=0.0).to(tl.float32)
     square = here[:, None] * BLOCK_T + i[None, :]
-    dA, dM = tl.load(dweights + square), tl.load(dproducts + square)
+    turned_square = here[None, :] * BLOCK_T + i[:, None]
     begun, ended = between(i * 0 - 1, BLOCK_T), between(i * 0 + BLOCK_T - 1, BLOCK_T)
     if VECTOR:
         g_t = log_decays(g, at, there)
@@ -229,20 +229,21 @@ def gradients(
         dlog = tl.dot(tl.trans(begun), dsince, input_precision=PRECISION)
         dlog += tl.dot(tl.trans(ended), duntil, input_precision=PRECISION)
         dlog += (dover * tl.exp(tl.sum(g_t, 0)))[None, :]
-        diagonal = tl.sum(tl.where(i[:, None] == i[None, :], dA, 0.0), 1)[:, None]
+        diagonal = tl.load(dweights + here * BLOCK_T + i)[:, None]
         dq_t = dqueries * since + diagonal * k_t
         dk_t = dkeys * since + dwrites * until + diagonal * q_t
         for level in range(LEVELS):
             ones = between(halfway(1 << level, BLOCK_T), BLOCK_T)
             left = tl.exp(tl.dot(ones, g_t, input_precision=PRECISION))
             q_left, k_left = q_t * left, k_t * left
-            here_only = corner(1 << level, BLOCK_T)
-            dA_here, dM_here = tl.where(here_only, dA, 0.0), tl.where(here_only, dM, 0.0)
-            dA_here, dM_here = dA_here.to(tile), (dM_here + tl.trans(dM_here)).to(tile)
+            below, above = corner(1 << level, BLOCK_T), tl.trans(corner(1 << level, BLOCK_T))
+            dA = tl.load(dweights + square, mask=below, other=0.0).to(tile)
+            dM = tl.load(dproducts + square, mask=below, other=0.0)
+            dM += tl.load(dproducts + turned_square, mask=above, other=0.0)
             k_half = k_left.to(tile)
-            dright = tl.dot(dA_here, k_half, input_precision=PRECISION)
-            dleft = tl.dot(dM_here, k_half, input_precision=PRECISION)
-            turned = tl.trans(dA_here)
+            dright = tl.dot(dA, k_half, input_precision=PRECISION)
+            dleft = tl.dot(dM.to(tile), k_half, input_precision=PRECISION)
+            turned = tl.load(dweights + turned_square, mask=above, other=0.0).to(tile)
             dleft += tl.dot(turned, q_left.to(tile), input_precision=PRECISION)
             dq_t += dright * left
             dk_t += dleft * left
@@ -257,6 +258,7 @@ def gradients(
         duntil = tl.sum(dwrites * k_t, 1) * until
         dlog = tl.sum(begun * dsince[:, None] + ended * duntil[:, None], 0)
         dlog += tl.sum(dover, 0) * tl.exp(tl.sum(g_t, 0))
+        dA, dM = tl.load(dweights + square), tl.load(dproducts + square)
         A = tl.load(weights + square).to(tl.float32)
         M = tl.load(products + square)
         dexponent = tl.where(i[:, None] > i[None, :], dA * A + dM * M, 0.0)
