@@ -18,10 +18,9 @@ from seqzoo.kernels.errors import check_shape
 from seqzoo.kernels.operator import operator
 
 SINGLE = (torch.float32, torch.float16, torch.bfloat16)
-MANY = "more than 256 key channels"
 declare(
     "delta",
-    Backend("fused", ("cuda",), SINGLE, needs=("triton",), lacks=frozenset([MANY])),
+    Backend("fused", ("cuda",), SINGLE, needs=("triton",)),
     Backend("chunked"),
     Backend("reference"),
 )
@@ -81,8 +80,7 @@ def delta(
         initial_state = torch.zeros(shape, device=v.device, dtype=wide)
     check_shape("initial_state", initial_state.shape, shape, "(B, H, K, V)")
     state = initial_state.to(wide)
-    features = (MANY,) if k.shape[-1] > 256 else ()
-    chosen = choose("delta", v if wide == torch.float32 else state, backend, features)
+    chosen = choose("delta", v if wide == torch.float32 else state, backend)
     with full_precision(v):
         q = q if scale == 1 else q.to(wide) * scale
         if chosen == "reference":

@@ -1,9 +1,9 @@
 """The delta rule in Triton: what keys decide for all chunks at once, then a walk over the chunks.
 
 A chunk's T, its decayed products and its decayed queries and keys come from
-`seqzoo.kernels.delta.fused_keys`. A program then owns a head and a block of value channels, holds
-the state (K, BLOCK_V) in registers and walks from chunk to chunk: the error of what the state holds
-under the keys, u = T beta error, the outputs, the next state. Backward, the state's gradient walks
+`seqzoo.kernels.delta.fused_keys`. A program then owns a head and a block of value channels and walks
+from chunk to chunk: the error of what the state holds under the keys, u = T beta error, the
+outputs, the next state. Backward, the state's gradient walks
 from the end and leaves T^T du, which is all that values need; the rest is again for all chunks at
 once, from the states that the forward pass has kept.
 
@@ -11,7 +11,6 @@ Matrix products take half-precision inputs as they are and sum in float32; T, de
 float32 always.
 """
 
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -21,10 +20,11 @@ from torch import Tensor
 
 from seqzoo.kernels.decay.chunked import chunk_count
 from seqzoo.kernels.delta.fused_keys import CHUNK, gradients, prepare
+from seqzoo.kernels.dispatch import interpreting
 from seqzoo.kernels.fused import OPTIONS, Variant
 
-WIDTHS = (64, 128, 256)  # keys' channels, filled up
-CHANNELS = 32  # of keys, where they are worked on in parts
+WIDEST = 64  # channels of keys in a block, at most
+PRECISION = "bf16x6"  # of float32 factors: three bfloat16 parts keep their 24 bits and their range
 
 
 class Prepared(NamedTuple):
@@ -48,13 +48,13 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """See `seqzoo.kernels.delta.chunked.forward`; o comes in the dtype of `v`."""
     q, k, v, beta, g = (x.contiguous() for x in (q, k, v, beta, g))
-    made = _prepared(q, k, v, beta, g)
+    made, width = _prepared(q, k, v, beta, g), {"WIDTH": _width(k)}
     (B, T, H, V), K, N = v.shape, k.shape[3], chunk_count(v.shape[1])
     states = initial_state.new_empty(1 + N, *initial_state.shape)
     states[0] = initial_state
     o = torch.empty_like(v)
     given = (v, beta, made.weights, *made[2:], states, o)
-    _launch(_forward, (B * H, V), K, made.keys, *given, T, H, K, V, N)
+    _launch(_forward, (B * H, V), made.keys, *given, T, H, K, V, N, **width)
     return o, states
 
 
@@ -70,7 +70,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See `seqzoo.kernels.delta.chunked.backward`."""
     q, k, v, beta, g, states, do = (x.contiguous() for x in (q, k, v, beta, g, states, do))
-    made = _prepared(q, k, v, beta, g)
+    made, width = _prepared(q, k, v, beta, g), {"WIDTH": _width(k)}
     (B, T, H, V), K, N = v.shape, k.shape[3], len(states) - 1
     errors, written = (made.keys.new_empty(B * H * N, CHUNK, V) for _ in range(2))
     dA, dM = (states.new_empty(B * H * N, CHUNK, CHUNK) for _ in range(2))
@@ -79,15 +79,19 @@ def backward(
     dq, dk, dv, dbeta = (torch.empty_like(x) for x in (q, k, v, beta))
     sizes = (T, H, K, V, N)
     given = (beta, do, made.weights, *made[2:])
-    _launch(_backward, (B * H, V), K, made.keys, *given, errors, dv, dstates, *sizes)
+    _launch(_backward, (B * H, V), made.keys, *given, errors, dv, dstates, *sizes, **width)
     given = (v, beta, do, made.products, made.inverse, made.keys, states, errors)
-    _launch(_corrections, (B * H * N,), K, made.keys, *given, written, dA, dM, dbeta, *sizes)
+    given += (written, dA, dM, dbeta)
+    _launch(_corrections, (B * H * N,), made.keys, *given, *sizes, **width)
     given = (q, k, beta, g, made.weights, made.products, states, dstates[1:], do, written, errors)
+    vector = g.shape[-1] > 1
     dg = torch.empty_like(g)
-    if not _vector(g):  # a part for each block of channels
-        dg = states.new_empty(triton.cdiv(K, CHANNELS), *g.shape)
-    _launch(gradients, (B * H * N, K), K, made.keys, *given, dA, dM, dq, dk, dg, *sizes, VECTOR=_vector(g))
-    return dq, dk, dv, dbeta, dg if _vector(g) else dg.sum(0).to(g.dtype), dstates[0].clone()
+    if not vector:  # a part for each block of channels
+        blocks = triton.cdiv(K, _config(gradients, made.keys.itemsize)["BLOCK_K"])
+        dg = states.new_empty(blocks, *g.shape)
+    given += (dA, dM, dq, dk, dg)
+    _launch(gradients, (B * H * N, K), made.keys, *given, *sizes, VECTOR=vector)
+    return dq, dk, dv, dbeta, dg if vector else dg.sum(0).to(g.dtype), dstates[0].clone()
 
 
 def step(
@@ -97,54 +101,68 @@ def step(
     q, k, v, beta, g, state = (x.contiguous() for x in (q, k, v, beta, g, state))
     o, new = torch.empty_like(v), torch.empty_like(state)
     B, H, K, V = state.shape
-    _launch(_step, (B * H, V), K, state, q, k, v, beta, g, state, o, new, K, V, VECTOR=_vector(g))
+    given = (q, k, v, beta, g, state, o, new, K, V)
+    _launch(_step, (B * H, V), state, *given, VECTOR=g.shape[-1] > 1)
     return o, new
 
 
 def _prepared(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor) -> Prepared:
-    (B, T, H, K), N = k.shape, chunk_count(k.shape[1])
-    tile, width = torch.promote_types(k.dtype, v.dtype), _width(K)
-    squares = (k.new_empty(B * H * N, CHUNK, CHUNK, dtype=x) for x in (tile, torch.float32, torch.float32))
+    (B, T, H, K), N, width = k.shape, chunk_count(k.shape[1]), _width(k)
+    tile, wide = torch.promote_types(k.dtype, v.dtype), torch.float32
+    squares = (k.new_empty(B * H * N, CHUNK, CHUNK, dtype=x) for x in (tile, wide, wide))
     decayed = (k.new_empty(B * H * N, CHUNK, width, dtype=tile) for _ in range(3))
-    made = Prepared(*squares, *decayed, k.new_empty(B * H * N, width, dtype=torch.float32))
-    _launch(prepare, (B * H * N,), K, made.keys, q, k, beta, g, *made, T, H, K, N, VECTOR=_vector(g))
+    made = Prepared(*squares, *decayed, k.new_empty(B * H * N, width, dtype=wide))
+    options = {"VECTOR": g.shape[-1] > 1, "WIDTH": width}
+    _launch(prepare, (B * H * N,), made.keys, q, k, beta, g, *made, T, H, K, N, **options)
     return made
 
 
-def _vector(g: Tensor) -> bool:
-    """Whether decays differ from key channel to key channel."""
-    return g.shape[-1] > 1
+def _width(k: Tensor) -> int:
+    """The keys' channels, filled up to whole blocks."""
+    return triton.cdiv(k.shape[3], WIDEST) * WIDEST
 
 
-def _width(K: int) -> int:
-    return next(width for width in WIDTHS if width >= K)
-
-
-def _config(kernel: triton.JITFunction, width: int, size: int) -> dict[str, Any]:
-    """How a kernel is compiled for so many key channels, filled up, and bytes a number in products."""
+def _config(kernel: triton.JITFunction, size: int) -> dict[str, int]:
+    """How a kernel is compiled for matrix products of numbers of so many bytes."""
+    wide = size == 4
     if kernel is _step:
-        return {"BLOCK_K": width, "BLOCK_V": 16, "num_warps": 4}
-    fixed = {"PRECISION": "ieee", "BLOCK_T": CHUNK, "num_warps": 4, "num_stages": 1}
-    config = fixed | {"BLOCK_K": 32, "BLOCK_V": 16, "WIDTH": width}
-    return {k: x for k, x in config.items() if k in (*kernel.arg_names, "num_warps", "num_stages")}
+        return {"BLOCK_K": 64, "BLOCK_V": 32, "num_warps": 4}
+    blocks = {"BLOCK_T": CHUNK, "BLOCK_K": 16, "num_warps": 4, "num_stages": 1}
+    if kernel is gradients:
+        blocks |= {"BLOCK_V": 16}
+    elif kernel is _corrections:
+        blocks |= {"BLOCK_K": 32, "BLOCK_V": 16 if wide else 32, "num_warps": 2 if wide else 4}
+    elif kernel is not prepare and wide:
+        blocks |= {"BLOCK_V": 16, "num_warps": 2}
+    elif kernel is not prepare:
+        blocks |= {"BLOCK_K": WIDEST, "BLOCK_V": 32}
+    return blocks
 
 
 def _launch(
     kernel: triton.JITFunction,
     grid: tuple[int, ...],
-    K: int,
     tile: Tensor,
     *given: Tensor | int,
-    **options: bool,
+    **options: bool | int,
 ) -> None:
     """The second number of the grid counts channels, of keys in `gradients` and of values else."""
-    config = _config(kernel, _width(K), tile.itemsize)
+    config: dict[str, Any] = _config(kernel, tile.itemsize) | options
+    if kernel is not _step:
+        config["PRECISION"] = "ieee" if interpreting() else PRECISION
     if len(grid) > 1:
         block = config["BLOCK_K" if kernel is gradients else "BLOCK_V"]
         grid = (grid[0], triton.cdiv(grid[1], block))
     if all(grid):
         with torch.cuda.device_of(tile):
-            kernel[grid](*given, **options, **config, **OPTIONS)
+            kernel[grid](*given, **config, **OPTIONS)
+
+
+@triton.jit
+def _block(row, first, w, K, V, BLOCK_K: tl.constexpr):
+    """Key channels from `first` on, and where the state of a head lies for them and values w."""
+    c = tl.cast(first, tl.int64) + tl.arange(0, BLOCK_K)
+    return c, (row * K + c)[:, None] * V + w[None, :], (c < K)[:, None] & (w < V)[None, :]
 
 
 @triton.jit
@@ -185,8 +203,7 @@ def _forward(
         error = tl.load(v + at, mask=there, other=0.0).to(tl.float32)
         out = tl.zeros((BLOCK_T, BLOCK_V), tl.float32)
         for part in range(0, K, BLOCK_K):
-            c = tl.cast(part, tl.int64) + tl.arange(0, BLOCK_K)
-            state, inside = (row * K + c)[:, None] * V + w[None, :], (c < K)[:, None] & (w < V)[None, :]
+            c, state, inside = _block(row, part, w, K, V, BLOCK_K)
             held = tl.load(states + n * rows * K * V + state, mask=inside, other=0.0).to(tile)
             deep = here[:, None] * WIDTH + c[None, :]
             error -= tl.dot(tl.load(keys + deep), held, input_precision=PRECISION)
@@ -196,8 +213,7 @@ def _forward(
         out += tl.dot(tl.load(weights + square), u, input_precision=PRECISION)
         tl.store(o + at, out, mask=there)
         for part in range(0, K, BLOCK_K):
-            c = tl.cast(part, tl.int64) + tl.arange(0, BLOCK_K)
-            state, inside = (row * K + c)[:, None] * V + w[None, :], (c < K)[:, None] & (w < V)[None, :]
+            c, state, inside = _block(row, part, w, K, V, BLOCK_K)
             held = tl.load(states + n * rows * K * V + state, mask=inside, other=0.0)
             held *= tl.load(total + (row * N + n) * WIDTH + c)[:, None]
             turned = tl.trans(tl.load(writes + here[:, None] * WIDTH + c[None, :]))
@@ -245,8 +261,7 @@ def _backward(
         do_t = tl.load(do + at, mask=there, other=0.0).to(tile)
         du = tl.dot(tl.trans(tl.load(weights + square)), do_t, input_precision=PRECISION)
         for part in range(0, K, BLOCK_K):
-            c = tl.cast(part, tl.int64) + tl.arange(0, BLOCK_K)
-            state, inside = (row * K + c)[:, None] * V + w[None, :], (c < K)[:, None] & (w < V)[None, :]
+            c, state, inside = _block(row, part, w, K, V, BLOCK_K)
             dS = tl.load(dstates + (n + 1) * rows * K * V + state, mask=inside, other=0.0)
             k_t = tl.load(writes + here[:, None] * WIDTH + c[None, :])
             du += tl.dot(k_t, dS.to(tile), input_precision=PRECISION)
@@ -256,8 +271,7 @@ def _backward(
         tl.store(dv + at, derror, mask=there)
         derror = derror.to(tile)
         for part in range(0, K, BLOCK_K):
-            c = tl.cast(part, tl.int64) + tl.arange(0, BLOCK_K)
-            state, inside = (row * K + c)[:, None] * V + w[None, :], (c < K)[:, None] & (w < V)[None, :]
+            c, state, inside = _block(row, part, w, K, V, BLOCK_K)
             dS = tl.load(dstates + (n + 1) * rows * K * V + state, mask=inside, other=0.0)
             dS *= tl.load(total + (row * N + n) * WIDTH + c)[:, None]
             deep = here[:, None] * WIDTH + c[None, :]
@@ -310,9 +324,7 @@ def _corrections(
         at, there = token[:, None] * V + w[None, :], (t < T)[:, None] & (w < V)[None, :]
         error = tl.load(v + at, mask=there, other=0.0).to(tl.float32)
         for part in range(0, WIDTH, BLOCK_K):
-            c = tl.cast(part, tl.int64) + tl.arange(0, BLOCK_K)
-            inside = (c < K)[:, None] & (w < V)[None, :]
-            state = ((n * rows + row) * K + c)[:, None] * V + w[None, :]
+            c, state, inside = _block(n * rows + row, part, w, K, V, BLOCK_K)
             S = tl.load(states + state, mask=inside, other=0.0).to(tile)
             k_t = tl.load(keys + here[:, None] * WIDTH + c[None, :])
             error -= tl.dot(k_t, S, input_precision=PRECISION)
@@ -322,10 +334,15 @@ def _corrections(
         error *= strength[:, None]
         u = tl.dot(tl.load(inverse + square), error, input_precision=PRECISION).to(tile)
         tl.store(written + to, u, mask=wide)
-        turned = tl.trans(u)
+        dM -= tl.dot(derror, tl.trans(u), input_precision=PRECISION)
+    tl.debug_barrier()  # u is read again: a second loop, for registers
+    for first in range(0, V, BLOCK_V):
+        w = tl.cast(first, tl.int64) + tl.arange(0, BLOCK_V)
+        at, there = token[:, None] * V + w[None, :], (t < T)[:, None] & (w < V)[None, :]
         do_t = tl.load(do + at, mask=there, other=0.0).to(tile)
-        dA += tl.dot(do_t, turned, input_precision=PRECISION)
-        dM -= tl.dot(derror, turned, input_precision=PRECISION)
+        to = here[:, None] * V + w[None, :]
+        u = tl.load(written + to, mask=(w < V)[None, :], other=0.0)
+        dA += tl.dot(do_t, tl.trans(u), input_precision=PRECISION)
     dA = tl.where(i[:, None] >= i[None, :], dA, 0.0)
     dM = tl.where(i[:, None] > i[None, :], dM, 0.0)
     dstrength += tl.sum(dM * tl.load(products + square), 1)
@@ -351,36 +368,42 @@ def _step(
     BLOCK_V: tl.constexpr,
 ):
     row = tl.cast(tl.program_id(0), tl.int64)
-    c = tl.arange(0, BLOCK_K)
     w = tl.cast(tl.program_id(1), tl.int64) * BLOCK_V + tl.arange(0, BLOCK_V)
-    at, inside = (row * K + c)[:, None] * V + w[None, :], (c < K)[:, None] & (w < V)[None, :]
-    q_t = tl.load(q + row * K + c, mask=c < K, other=0.0).to(tl.float32)[:, None]
-    k_t = tl.load(k + row * K + c, mask=c < K, other=0.0).to(tl.float32)[:, None]
-    v_t = tl.load(v + row * V + w, mask=w < V, other=0.0).to(tl.float32)
-    S = tl.load(state + at, mask=inside, other=0.0)
-    if VECTOR:
-        S *= tl.exp(tl.load(g + row * K + c, mask=c < K, other=0.0).to(tl.float32))[:, None]
-    else:
-        S *= tl.exp(tl.load(g + row).to(tl.float32))
-    error = v_t - tl.sum(k_t * S, 0)
-    S += k_t * (tl.load(beta + row).to(tl.float32) * error)[None, :]
-    tl.store(o + row * V + w, tl.sum(q_t * S, 0), mask=w < V)
-    tl.store(new + at, S, mask=inside)
+    error = tl.load(v + row * V + w, mask=w < V, other=0.0).to(tl.float32)
+    for first in range(0, K, BLOCK_K):
+        c, at, inside = _block(row, first, w, K, V, BLOCK_K)
+        k_t = tl.load(k + row * K + c, mask=c < K, other=0.0).to(tl.float32)[:, None]
+        left = tl.load(g + (row * K + c if VECTOR else row + c * 0), mask=c < K, other=0.0)
+        held = tl.load(state + at, mask=inside, other=0.0)
+        error -= tl.sum(k_t * tl.exp(left.to(tl.float32))[:, None] * held, 0)
+    u = tl.load(beta + row).to(tl.float32) * error
+    out = tl.zeros((BLOCK_V,), tl.float32)
+    for first in range(0, K, BLOCK_K):
+        c, at, inside = _block(row, first, w, K, V, BLOCK_K)
+        q_t = tl.load(q + row * K + c, mask=c < K, other=0.0).to(tl.float32)[:, None]
+        k_t = tl.load(k + row * K + c, mask=c < K, other=0.0).to(tl.float32)[:, None]
+        left = tl.load(g + (row * K + c if VECTOR else row + c * 0), mask=c < K, other=0.0)
+        held = tl.load(state + at, mask=inside, other=0.0)
+        held = tl.exp(left.to(tl.float32))[:, None] * held + k_t * u[None, :]
+        out += tl.sum(q_t * held, 0)
+        tl.store(new + at, held, mask=inside)
+    tl.store(o + row * V + w, out, mask=w < V)
 
 
 def _variants() -> tuple[Variant, ...]:
-    narrow = ("q", "k", "v", "o", "do", "weights", "queries", "keys")
-    narrow += ("writes", "errors", "written", "dq", "dk", "dv")
+    narrow = ("q", "k", "v", "o", "do", "weights", "queries", "keys", "writes", "errors")
+    narrow += ("written", "dq", "dk", "dv")
     made = []
     for kernel in (prepare, _forward, _backward, _corrections, gradients, _step):
-        for width, dtype in zip(WIDTHS, ("*bf16", "*fp32", "*bf16"), strict=True):
-            config = _config(kernel, width, 2 if dtype == "*bf16" else 4)
-            if "VECTOR" in kernel.arg_names:
-                config["VECTOR"] = width != 64
-            run_time = [n for n in kernel.arg_names if n not in config]
-            types = {n: dtype if n in narrow else "*fp32" for n in run_time}
-            types |= {n: "i32" for n in "THKVN" if n in run_time}
-            made.append(Variant(kernel, types, config, matrix=kernel is not _step))
+        for dtype in ("*fp32", "*bf16"):
+            for vector in (True, False) if "VECTOR" in kernel.arg_names else (None,):
+                config = _config(kernel, 4 if dtype == "*fp32" else 2)
+                fixed = {"VECTOR": vector, "WIDTH": 128, "PRECISION": PRECISION}
+                config |= {n: x for n, x in fixed.items() if n in kernel.arg_names}
+                run_time = [n for n in kernel.arg_names if n not in config]
+                types = {n: dtype if n in narrow else "*fp32" for n in run_time}
+                types |= {n: "i32" for n in "THKVN" if n in run_time}
+                made.append(Variant(kernel, types, config, matrix=kernel is not _step))
     return tuple(made)
 
 

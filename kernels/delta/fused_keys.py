@@ -220,37 +220,43 @@ def gradients(
     k_t = tl.load(k + at, mask=there, other=0.0).to(tl.float32)
     square = here[:, None] * BLOCK_T + i[None, :]
     turned_square = here[None, :] * BLOCK_T + i[:, None]
-    begun, ended = between(i * 0 - 1, BLOCK_T), between(i * 0 + BLOCK_T - 1, BLOCK_T)
     if VECTOR:
         g_t = log_decays(g, at, there)
-        since = tl.exp(tl.dot(begun, g_t, input_precision=PRECISION))
-        until = tl.exp(tl.dot(ended, g_t, input_precision=PRECISION))
-        dsince, duntil = (dqueries * q_t + dkeys * k_t) * since, dwrites * k_t * until
-        dlog = tl.dot(tl.trans(begun), dsince, input_precision=PRECISION)
-        dlog += tl.dot(tl.trans(ended), duntil, input_precision=PRECISION)
+        dlog = tl.zeros((BLOCK_T, BLOCK_K), tl.float32)
         dlog += (dover * tl.exp(tl.sum(g_t, 0)))[None, :]
         diagonal = tl.load(dweights + here * BLOCK_T + i)[:, None]
-        dq_t = dqueries * since + diagonal * k_t
-        dk_t = dkeys * since + dwrites * until + diagonal * q_t
+        dq_t, dk_t = diagonal * k_t, diagonal * q_t
+        for side in range(2):  # what came from the chunk's begin, and what goes to its end
+            ones = between(i * 0 + side * BLOCK_T - 1, BLOCK_T)
+            left = tl.exp(tl.dot(ones, g_t, input_precision=PRECISION))
+            into_q = tl.where(side == 0, dqueries, 0.0) * left
+            into_k = tl.where(side == 0, dkeys, dwrites) * left
+            dq_t += into_q
+            dk_t += into_k
+            into = into_q * q_t + into_k * k_t
+            dlog += tl.dot(tl.trans(ones), into, input_precision=PRECISION)
         for level in range(LEVELS):
             ones = between(halfway(1 << level, BLOCK_T), BLOCK_T)
             left = tl.exp(tl.dot(ones, g_t, input_precision=PRECISION))
-            q_left, k_left = q_t * left, k_t * left
+            dA = tl.load(dweights + square, mask=corner(1 << level, BLOCK_T), other=0.0)
+            into = tl.dot(dA.to(tile), (k_t * left).to(tile), input_precision=PRECISION) * left
+            dq_t += into
+            dlog += tl.dot(tl.trans(ones), into * q_t, input_precision=PRECISION)
+        for level in range(LEVELS):  # not in one loop, for registers
+            ones = between(halfway(1 << level, BLOCK_T), BLOCK_T)
+            left = tl.exp(tl.dot(ones, g_t, input_precision=PRECISION))
             below, above = corner(1 << level, BLOCK_T), tl.trans(corner(1 << level, BLOCK_T))
-            dA = tl.load(dweights + square, mask=below, other=0.0).to(tile)
+            dA = tl.load(dweights + turned_square, mask=above, other=0.0)
+            into = tl.dot(dA.to(tile), (q_t * left).to(tile), input_precision=PRECISION)
             dM = tl.load(dproducts + square, mask=below, other=0.0)
             dM += tl.load(dproducts + turned_square, mask=above, other=0.0)
-            k_half = k_left.to(tile)
-            dright = tl.dot(dA, k_half, input_precision=PRECISION)
-            dleft = tl.dot(dM.to(tile), k_half, input_precision=PRECISION)
-            turned = tl.load(dweights + turned_square, mask=above, other=0.0).to(tile)
-            dleft += tl.dot(turned, q_left.to(tile), input_precision=PRECISION)
-            dq_t += dright * left
-            dk_t += dleft * left
-            dleft = dright * q_left + dleft * k_left
-            dlog += tl.dot(tl.trans(ones), dleft, input_precision=PRECISION)
+            into += tl.dot(dM.to(tile), (k_t * left).to(tile), input_precision=PRECISION)
+            into *= left
+            dk_t += into
+            dlog += tl.dot(tl.trans(ones), into * k_t, input_precision=PRECISION)
         tl.store(dg + at, dlog, mask=there)
     else:
+        begun, ended = between(i * 0 - 1, BLOCK_T), between(i * 0 + BLOCK_T - 1, BLOCK_T)
         g_t = log_decays(g, token, t < T)
         since = tl.exp(tl.sum(begun * g_t[None, :], 1))
         until = tl.exp(tl.sum(ended * g_t[None, :], 1))
