@@ -1,11 +1,11 @@
 """The delta rule in Triton: what keys decide for all chunks at once, then a walk over the chunks.
 
 A chunk's T, its decayed products and its decayed queries and keys come from
-`seqzoo.kernels.delta.fused_keys`. A program then owns a head and a block of value channels and walks
-from chunk to chunk: the error of what the state holds under the keys, u = T beta error, the
-outputs, the next state. Backward, the state's gradient walks
-from the end and leaves T^T du, which is all that values need; the rest is again for all chunks at
-once, from the states that the forward pass has kept.
+`seqzoo.kernels.delta.fused_keys`. A program then owns a head and a block of value channels and
+walks from chunk to chunk: the error of what the state holds under the keys, u = T beta error, the
+outputs, the next state. Backward, the state's gradient walks from the end and leaves T^T du, which
+is all that values need; the rest is again for all chunks at once, from the states that the forward
+pass has kept.
 
 Matrix products take half-precision inputs as they are and sum in float32; T, decays and states are
 float32 always.
@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from seqzoo.kernels.decay.chunked import chunk_count
-from seqzoo.kernels.delta.fused_keys import CHUNK, gradients, prepare
+from seqzoo.kernels.delta.fused_keys import CHUNK, corrections, gradients, prepare
 from seqzoo.kernels.dispatch import interpreting
 from seqzoo.kernels.fused import OPTIONS, Variant
 
@@ -53,7 +53,7 @@ def forward(
     states = initial_state.new_empty(1 + N, *initial_state.shape)
     states[0] = initial_state
     o = torch.empty_like(v)
-    given = (v, beta, made.weights, *made[2:], states, o)
+    given: tuple[Tensor, ...] = (v, beta, made.weights, *made[2:], states, o)
     _launch(_forward, (B * H, V), made.keys, *given, T, H, K, V, N, **width)
     return o, states
 
@@ -78,11 +78,11 @@ def backward(
     dstates[-1] = dstate
     dq, dk, dv, dbeta = (torch.empty_like(x) for x in (q, k, v, beta))
     sizes = (T, H, K, V, N)
-    given = (beta, do, made.weights, *made[2:])
+    given: tuple[Tensor, ...] = (beta, do, made.weights, *made[2:])
     _launch(_backward, (B * H, V), made.keys, *given, errors, dv, dstates, *sizes, **width)
     given = (v, beta, do, made.products, made.inverse, made.keys, states, errors)
     given += (written, dA, dM, dbeta)
-    _launch(_corrections, (B * H * N,), made.keys, *given, *sizes, **width)
+    _launch(corrections, (B * H * N,), made.keys, *given, *sizes, **width)
     given = (q, k, beta, g, made.weights, made.products, states, dstates[1:], do, written, errors)
     vector = g.shape[-1] > 1
     dg = torch.empty_like(g)
@@ -109,9 +109,10 @@ def step(
 def _prepared(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor) -> Prepared:
     (B, T, H, K), N, width = k.shape, chunk_count(k.shape[1]), _width(k)
     tile, wide = torch.promote_types(k.dtype, v.dtype), torch.float32
-    squares = (k.new_empty(B * H * N, CHUNK, CHUNK, dtype=x) for x in (tile, wide, wide))
-    decayed = (k.new_empty(B * H * N, CHUNK, width, dtype=tile) for _ in range(3))
-    made = Prepared(*squares, *decayed, k.new_empty(B * H * N, width, dtype=wide))
+    A, M, inverse = (k.new_empty(B * H * N, CHUNK, CHUNK, dtype=x) for x in (tile, wide, wide))
+    queries, keys, writes = (k.new_empty(B * H * N, CHUNK, width, dtype=tile) for _ in range(3))
+    total = k.new_empty(B * H * N, width, dtype=wide)
+    made = Prepared(A, M, inverse, queries, keys, writes, total)
     options = {"VECTOR": g.shape[-1] > 1, "WIDTH": width}
     _launch(prepare, (B * H * N,), made.keys, q, k, beta, g, *made, T, H, K, N, **options)
     return made
@@ -119,10 +120,10 @@ def _prepared(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor) -> Prepa
 
 def _width(k: Tensor) -> int:
     """The keys' channels, filled up to whole blocks."""
-    return triton.cdiv(k.shape[3], WIDEST) * WIDEST
+    return -(-k.shape[3] // WIDEST) * WIDEST
 
 
-def _config(kernel: triton.JITFunction, size: int) -> dict[str, int]:
+def _config(kernel: triton.JITFunction, size: int) -> dict[str, Any]:
     """How a kernel is compiled for matrix products of numbers of so many bytes."""
     wide = size == 4
     if kernel is _step:
@@ -130,8 +131,8 @@ def _config(kernel: triton.JITFunction, size: int) -> dict[str, int]:
     blocks = {"BLOCK_T": CHUNK, "BLOCK_K": 16, "num_warps": 4, "num_stages": 1}
     if kernel is gradients:
         blocks |= {"BLOCK_V": 16}
-    elif kernel is _corrections:
-        blocks |= {"BLOCK_K": 32, "BLOCK_V": 16 if wide else 32, "num_warps": 2 if wide else 4}
+    elif kernel is corrections:
+        blocks |= {"BLOCK_K": 32, "BLOCK_V": 16, "num_warps": 2 if wide else 4}
     elif kernel is not prepare and wide:
         blocks |= {"BLOCK_V": 16, "num_warps": 2}
     elif kernel is not prepare:
@@ -147,7 +148,7 @@ def _launch(
     **options: bool | int,
 ) -> None:
     """The second number of the grid counts channels, of keys in `gradients` and of values else."""
-    config: dict[str, Any] = _config(kernel, tile.itemsize) | options
+    config = _config(kernel, tile.itemsize) | options
     if kernel is not _step:
         config["PRECISION"] = "ieee" if interpreting() else PRECISION
     if len(grid) > 1:
@@ -196,7 +197,8 @@ def _forward(
     tile = queries.dtype.element_ty
     for chunk in range(N):
         n = tl.cast(chunk, tl.int64)
-        t, here = n * BLOCK_T + i, (row * N + n) * BLOCK_T + i
+        t = n * BLOCK_T + i
+        here = (row * N + n) * BLOCK_T + i
         token = (row // H * T + t) * H + row % H
         square = here[:, None] * BLOCK_T + i[None, :]
         at, there = token[:, None] * V + w[None, :], (t < T)[:, None] & (w < V)[None, :]
@@ -254,7 +256,8 @@ def _backward(
     tile = queries.dtype.element_ty
     for back in range(N):
         n = tl.cast(N - 1 - back, tl.int64)
-        t, here = n * BLOCK_T + i, (row * N + n) * BLOCK_T + i
+        t = n * BLOCK_T + i
+        here = (row * N + n) * BLOCK_T + i
         token = (row // H * T + t) * H + row % H
         square = here[:, None] * BLOCK_T + i[None, :]
         at, there = token[:, None] * V + w[None, :], (t < T)[:, None] & (w < V)[None, :]
@@ -282,76 +285,6 @@ def _backward(
 
 
 @triton.jit
-def _corrections(
-    v,
-    beta,
-    do,
-    products,
-    inverse,
-    keys,
-    states,
-    errors,
-    written,
-    dweights,
-    dproducts,
-    dbeta,
-    T,
-    H,
-    K,
-    V,
-    N,
-    WIDTH: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """u again; gradients of betas, and of what queries and keys have to do with keys."""
-    mine = tl.cast(tl.program_id(0), tl.int64)
-    row, n = mine // N, mine % N
-    rows = tl.cast(tl.num_programs(0), tl.int64) // N
-    i = tl.arange(0, BLOCK_T)
-    t, here = n * BLOCK_T + i, mine * BLOCK_T + i
-    token = (row // H * T + t) * H + row % H
-    tile = keys.dtype.element_ty
-    strength = tl.load(beta + token, mask=t < T, other=0.0).to(tl.float32)
-    square = here[:, None] * BLOCK_T + i[None, :]
-    dA = tl.zeros((BLOCK_T, BLOCK_T), tl.float32)
-    dM = tl.zeros((BLOCK_T, BLOCK_T), tl.float32)
-    dstrength = tl.zeros((BLOCK_T,), tl.float32)
-    for first in range(0, V, BLOCK_V):
-        w = tl.cast(first, tl.int64) + tl.arange(0, BLOCK_V)
-        at, there = token[:, None] * V + w[None, :], (t < T)[:, None] & (w < V)[None, :]
-        error = tl.load(v + at, mask=there, other=0.0).to(tl.float32)
-        for part in range(0, WIDTH, BLOCK_K):
-            c, state, inside = _block(n * rows + row, part, w, K, V, BLOCK_K)
-            S = tl.load(states + state, mask=inside, other=0.0).to(tile)
-            k_t = tl.load(keys + here[:, None] * WIDTH + c[None, :])
-            error -= tl.dot(k_t, S, input_precision=PRECISION)
-        wide, to = (w < V)[None, :], here[:, None] * V + w[None, :]
-        derror = tl.load(errors + to, mask=wide, other=0.0)
-        dstrength += tl.sum(derror.to(tl.float32) * error, 1)
-        error *= strength[:, None]
-        u = tl.dot(tl.load(inverse + square), error, input_precision=PRECISION).to(tile)
-        tl.store(written + to, u, mask=wide)
-        dM -= tl.dot(derror, tl.trans(u), input_precision=PRECISION)
-    tl.debug_barrier()  # u is read again: a second loop, for registers
-    for first in range(0, V, BLOCK_V):
-        w = tl.cast(first, tl.int64) + tl.arange(0, BLOCK_V)
-        at, there = token[:, None] * V + w[None, :], (t < T)[:, None] & (w < V)[None, :]
-        do_t = tl.load(do + at, mask=there, other=0.0).to(tile)
-        to = here[:, None] * V + w[None, :]
-        u = tl.load(written + to, mask=(w < V)[None, :], other=0.0)
-        dA += tl.dot(do_t, tl.trans(u), input_precision=PRECISION)
-    dA = tl.where(i[:, None] >= i[None, :], dA, 0.0)
-    dM = tl.where(i[:, None] > i[None, :], dM, 0.0)
-    dstrength += tl.sum(dM * tl.load(products + square), 1)
-    tl.store(dbeta + token, dstrength, mask=t < T)
-    tl.store(dweights + square, dA)
-    tl.store(dproducts + square, strength[:, None] * dM)
-
-
-@triton.jit
 def _step(
     q,
     k,
@@ -373,7 +306,9 @@ def _step(
     for first in range(0, K, BLOCK_K):
         c, at, inside = _block(row, first, w, K, V, BLOCK_K)
         k_t = tl.load(k + row * K + c, mask=c < K, other=0.0).to(tl.float32)[:, None]
-        left = tl.load(g + (row * K + c if VECTOR else row + c * 0), mask=c < K, other=0.0)
+        left = tl.load(
+            g + (row * K + c if VECTOR else row + tl.zeros_like(c)), mask=c < K, other=0.0
+        )
         held = tl.load(state + at, mask=inside, other=0.0)
         error -= tl.sum(k_t * tl.exp(left.to(tl.float32))[:, None] * held, 0)
     u = tl.load(beta + row).to(tl.float32) * error
@@ -382,7 +317,9 @@ def _step(
         c, at, inside = _block(row, first, w, K, V, BLOCK_K)
         q_t = tl.load(q + row * K + c, mask=c < K, other=0.0).to(tl.float32)[:, None]
         k_t = tl.load(k + row * K + c, mask=c < K, other=0.0).to(tl.float32)[:, None]
-        left = tl.load(g + (row * K + c if VECTOR else row + c * 0), mask=c < K, other=0.0)
+        left = tl.load(
+            g + (row * K + c if VECTOR else row + tl.zeros_like(c)), mask=c < K, other=0.0
+        )
         held = tl.load(state + at, mask=inside, other=0.0)
         held = tl.exp(left.to(tl.float32))[:, None] * held + k_t * u[None, :]
         out += tl.sum(q_t * held, 0)
@@ -391,10 +328,10 @@ def _step(
 
 
 def _variants() -> tuple[Variant, ...]:
-    narrow = ("q", "k", "v", "o", "do", "weights", "queries", "keys", "writes", "errors")
-    narrow += ("written", "dq", "dk", "dv")
+    narrow = {"q", "k", "v", "o", "do", "weights", "queries", "keys", "writes", "errors", "written"}
+    narrow |= {"dq", "dk", "dv"}
     made = []
-    for kernel in (prepare, _forward, _backward, _corrections, gradients, _step):
+    for kernel in (prepare, _forward, _backward, corrections, gradients, _step):
         for dtype in ("*fp32", "*bf16"):
             for vector in (True, False) if "VECTOR" in kernel.arg_names else (None,):
                 config = _config(kernel, 4 if dtype == "*fp32" else 2)

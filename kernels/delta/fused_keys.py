@@ -1,4 +1,4 @@
-"""What keys and decays alone decide in a chunk of the delta rule, in Triton, and its gradient.
+"""The delta rule in Triton, what is worked out for all chunks at once.
 
 A program owns a chunk of one head. Every exponent is a product of log decays with a matrix of zeros
 and ones, so it is a sum and never a difference, none is above zero, and its gradient is the product
@@ -68,6 +68,13 @@ def _part(q, k, token, first, T, K, t, BLOCK_K: tl.constexpr):
 
 
 @triton.jit
+def block(row, first, w, K, V, BLOCK_K: tl.constexpr):
+    """Key channels from `first` on, and where the state of a head lies for them and values w."""
+    c = tl.cast(first, tl.int64) + tl.arange(0, BLOCK_K)
+    return c, (row * K + c)[:, None] * V + w[None, :], (c < K)[:, None] & (w < V)[None, :]
+
+
+@triton.jit
 def prepare(
     q,
     k,
@@ -92,7 +99,8 @@ def prepare(
 ):
     """Queries and keys decayed since the chunk began, keys until its end; A, M and T."""
     mine = tl.cast(tl.program_id(0), tl.int64)
-    row, n = mine // N, mine % N
+    row = mine // N
+    n = mine % N
     i = tl.arange(0, BLOCK_T)
     t = n * BLOCK_T + i
     token = (row // H * T + t) * H + row % H
@@ -156,6 +164,78 @@ def prepare(
 
 
 @triton.jit
+def corrections(
+    v,
+    beta,
+    do,
+    products,
+    inverse,
+    keys,
+    states,
+    errors,
+    written,
+    dweights,
+    dproducts,
+    dbeta,
+    T,
+    H,
+    K,
+    V,
+    N,
+    WIDTH: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Again u; gradients of betas, and of what queries and keys have to do with keys."""
+    mine = tl.cast(tl.program_id(0), tl.int64)
+    row = mine // N
+    n = mine % N
+    rows = tl.cast(tl.num_programs(0), tl.int64) // N
+    i = tl.arange(0, BLOCK_T)
+    t = n * BLOCK_T + i
+    here = mine * BLOCK_T + i
+    token = (row // H * T + t) * H + row % H
+    tile = keys.dtype.element_ty
+    strength = tl.load(beta + token, mask=t < T, other=0.0).to(tl.float32)
+    square = here[:, None] * BLOCK_T + i[None, :]
+    dA = tl.zeros((BLOCK_T, BLOCK_T), tl.float32)
+    dM = tl.zeros((BLOCK_T, BLOCK_T), tl.float32)
+    dstrength = tl.zeros((BLOCK_T,), tl.float32)
+    for first in range(0, V, BLOCK_V):
+        w = tl.cast(first, tl.int64) + tl.arange(0, BLOCK_V)
+        at, there = token[:, None] * V + w[None, :], (t < T)[:, None] & (w < V)[None, :]
+        error = tl.load(v + at, mask=there, other=0.0).to(tl.float32)
+        for part in range(0, WIDTH, BLOCK_K):
+            c, state, inside = block(n * rows + row, part, w, K, V, BLOCK_K)
+            S = tl.load(states + state, mask=inside, other=0.0).to(tile)
+            k_t = tl.load(keys + here[:, None] * WIDTH + c[None, :])
+            error -= tl.dot(k_t, S, input_precision=PRECISION)
+        wide, to = (w < V)[None, :], here[:, None] * V + w[None, :]
+        derror = tl.load(errors + to, mask=wide, other=0.0)
+        dstrength += tl.sum(derror.to(tl.float32) * error, 1)
+        error *= strength[:, None]
+        u = tl.dot(tl.load(inverse + square), error, input_precision=PRECISION).to(tile)
+        tl.store(written + to, u, mask=wide)
+        dM -= tl.dot(derror, tl.trans(u), input_precision=PRECISION)
+    tl.debug_barrier()  # u is read again: a second loop, for registers
+    for first in range(0, V, BLOCK_V):
+        w = tl.cast(first, tl.int64) + tl.arange(0, BLOCK_V)
+        at, there = token[:, None] * V + w[None, :], (t < T)[:, None] & (w < V)[None, :]
+        do_t = tl.load(do + at, mask=there, other=0.0).to(tile)
+        to = here[:, None] * V + w[None, :]
+        u = tl.load(written + to, mask=(w < V)[None, :], other=0.0)
+        dA += tl.dot(do_t, tl.trans(u), input_precision=PRECISION)
+    dA = tl.where(i[:, None] >= i[None, :], dA, 0.0)
+    dM = tl.where(i[:, None] > i[None, :], dM, 0.0)
+    dstrength += tl.sum(dM * tl.load(products + square), 1)
+    tl.store(dbeta + token, dstrength, mask=t < T)
+    tl.store(dweights + square, dA)
+    tl.store(dproducts + square, strength[:, None] * dM)
+
+
+@triton.jit
 def gradients(
     q,
     k,
@@ -186,7 +266,8 @@ def gradients(
 ):
     """Gradients of queries, keys and log decays; a scalar decay's in a part for each BLOCK_K."""
     mine = tl.cast(tl.program_id(0), tl.int64)
-    row, n = mine // N, mine % N
+    row = mine // N
+    n = mine % N
     rows = tl.cast(tl.num_programs(0), tl.int64) // N
     i = tl.arange(0, BLOCK_T)
     t = n * BLOCK_T + i
