@@ -25,6 +25,7 @@ from seqzoo.kernels.fused import OPTIONS, Variant
 
 WIDEST = 64  # channels of keys in a block, at most
 PRECISION = "bf16x6"  # of float32 factors: three bfloat16 parts keep their 24 bits and their range
+MOST = 255  # registers: else the assembler spills a little to have more programs at once
 
 
 class Prepared(NamedTuple):
@@ -130,9 +131,9 @@ def _config(kernel: triton.JITFunction, size: int) -> dict[str, Any]:
         return {"BLOCK_K": 64, "BLOCK_V": 32, "num_warps": 4}
     blocks = {"BLOCK_T": CHUNK, "BLOCK_K": 16, "num_warps": 4, "num_stages": 1}
     if kernel is gradients:
-        blocks |= {"BLOCK_V": 16}
+        blocks |= {"BLOCK_V": 16, "maxnreg": MOST}
     elif kernel is corrections:
-        blocks |= {"BLOCK_K": 32, "BLOCK_V": 16, "num_warps": 2 if wide else 4}
+        blocks |= {"BLOCK_K": 32, "BLOCK_V": 16 if wide else 32, "num_warps": 2, "maxnreg": MOST}
     elif kernel is not prepare and wide:
         blocks |= {"BLOCK_V": 16, "num_warps": 2}
     elif kernel is not prepare:
@@ -151,6 +152,8 @@ def _launch(
     config = _config(kernel, tile.itemsize) | options
     if kernel is not _step:
         config["PRECISION"] = "ieee" if interpreting() else PRECISION
+    if torch.version.hip:
+        config.pop("maxnreg", None)  # of NVIDIA's compiler alone
     if len(grid) > 1:
         block = config["BLOCK_K" if kernel is gradients else "BLOCK_V"]
         grid = (grid[0], triton.cdiv(grid[1], block))

@@ -232,7 +232,8 @@ def corrections(
     dstrength += tl.sum(dM * tl.load(products + square), 1)
     tl.store(dbeta + token, dstrength, mask=t < T)
     tl.store(dweights + square, dA)
-    tl.store(dproducts + square, strength[:, None] * dM)
+    dM *= strength[:, None]
+    tl.store(dproducts + square, dM + tl.trans(dM))  # of a product of keys, for both keys
 
 
 @triton.jit
@@ -329,8 +330,7 @@ def gradients(
             below, above = corner(1 << level, BLOCK_T), tl.trans(corner(1 << level, BLOCK_T))
             dA = tl.load(dweights + turned_square, mask=above, other=0.0)
             into = tl.dot(dA.to(tile), (q_t * left).to(tile), input_precision=PRECISION)
-            dM = tl.load(dproducts + square, mask=below, other=0.0)
-            dM += tl.load(dproducts + turned_square, mask=above, other=0.0)
+            dM = tl.load(dproducts + square, mask=below | above, other=0.0)
             into += tl.dot(dM.to(tile), (k_t * left).to(tile), input_precision=PRECISION)
             into *= left
             dk_t += into
@@ -355,15 +355,14 @@ def gradients(
         dlog += tl.where(tl.program_id(1) == 0, dexponent, 0.0)
         decay = pairs(g_t, BLOCK_T, PRECISION)
         dA *= decay
-        dM *= decay
+        dM *= decay + tl.trans(decay)
         turned = tl.trans(dA).to(tile)
-        both = (dM + tl.trans(dM)).to(tile)
         q_half, k_half = q_t.to(tile), k_t.to(tile)
         dq_t = dqueries * since[:, None]
         dq_t += tl.dot(dA.to(tile), k_half, input_precision=PRECISION)
         dk_t = dkeys * since[:, None] + dwrites * until[:, None]
         dk_t += tl.dot(turned, q_half, input_precision=PRECISION)
-        dk_t += tl.dot(both, k_half, input_precision=PRECISION)
+        dk_t += tl.dot(dM.to(tile), k_half, input_precision=PRECISION)
         part = tl.cast(tl.program_id(1), tl.int64) * (rows // H) * T * H
         tl.store(dg + part + token, dlog, mask=t < T)
     tl.store(dq + at, dq_t, mask=there)

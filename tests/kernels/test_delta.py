@@ -367,7 +367,7 @@ def test_opcheck(kind, T):
     given = leaves(inputs(2, T, 2, 4, 3, kind=kind), torch.float64)
     beta, g = (given[n].detach().view(2, T, 2, -1).requires_grad_() for n in ("beta", "log_decay"))
     arguments = (given["q"], given["k"], given["v"], beta, g, given["initial_state"])
-    torch.library.opcheck(torch.ops.seqzoo.delta.default, arguments)
+    torch.library.opcheck(torch.ops.seqzoo.delta.default, (*arguments, "chunked"))
 
 
 def test_what_is_kept_for_the_backward_pass_is_inputs_and_chunk_states_only():
