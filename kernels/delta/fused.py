@@ -11,6 +11,7 @@ Matrix products take half-precision inputs as they are and sum in float32; T, de
 float32 always.
 """
 
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from seqzoo.kernels.decay.chunked import chunk_count
-from seqzoo.kernels.delta.fused_keys import CHUNK, corrections, gradients, prepare
+from seqzoo.kernels.delta.fused_keys import CHUNK, block, corrections, gradients, prepare
 from seqzoo.kernels.dispatch import interpreting
 from seqzoo.kernels.fused import OPTIONS, Variant
 
@@ -126,15 +127,12 @@ def _width(k: Tensor) -> int:
 
 def _config(kernel: triton.JITFunction, size: int) -> dict[str, Any]:
     """How a kernel is compiled for matrix products of numbers of so many bytes."""
-    wide = size == 4
     if kernel is _step:
         return {"BLOCK_K": 64, "BLOCK_V": 32, "num_warps": 4}
     blocks = {"BLOCK_T": CHUNK, "BLOCK_K": 16, "num_warps": 4, "num_stages": 1}
-    if kernel is gradients:
+    if kernel in (corrections, gradients):
         blocks |= {"BLOCK_V": 16, "maxnreg": MOST}
-    elif kernel is corrections:
-        blocks |= {"BLOCK_K": 32, "BLOCK_V": 16 if wide else 32, "num_warps": 2, "maxnreg": MOST}
-    elif kernel is not prepare and wide:
+    elif kernel is not prepare and size == 4:
         blocks |= {"BLOCK_V": 16, "num_warps": 2}
     elif kernel is not prepare:
         blocks |= {"BLOCK_K": WIDEST, "BLOCK_V": 32}
@@ -160,13 +158,6 @@ def _launch(
     if all(grid):
         with torch.cuda.device_of(tile):
             kernel[grid](*given, **config, **OPTIONS)
-
-
-@triton.jit
-def _block(row, first, w, K, V, BLOCK_K: tl.constexpr):
-    """Key channels from `first` on, and where the state of a head lies for them and values w."""
-    c = tl.cast(first, tl.int64) + tl.arange(0, BLOCK_K)
-    return c, (row * K + c)[:, None] * V + w[None, :], (c < K)[:, None] & (w < V)[None, :]
 
 
 @triton.jit
@@ -208,7 +199,7 @@ def _forward(
         error = tl.load(v + at, mask=there, other=0.0).to(tl.float32)
         out = tl.zeros((BLOCK_T, BLOCK_V), tl.float32)
         for part in range(0, K, BLOCK_K):
-            c, state, inside = _block(row, part, w, K, V, BLOCK_K)
+            c, state, inside = block(row, part, w, K, V, BLOCK_K)
             held = tl.load(states + n * rows * K * V + state, mask=inside, other=0.0).to(tile)
             deep = here[:, None] * WIDTH + c[None, :]
             error -= tl.dot(tl.load(keys + deep), held, input_precision=PRECISION)
@@ -218,7 +209,7 @@ def _forward(
         out += tl.dot(tl.load(weights + square), u, input_precision=PRECISION)
         tl.store(o + at, out, mask=there)
         for part in range(0, K, BLOCK_K):
-            c, state, inside = _block(row, part, w, K, V, BLOCK_K)
+            c, state, inside = block(row, part, w, K, V, BLOCK_K)
             held = tl.load(states + n * rows * K * V + state, mask=inside, other=0.0)
             held *= tl.load(total + (row * N + n) * WIDTH + c)[:, None]
             turned = tl.trans(tl.load(writes + here[:, None] * WIDTH + c[None, :]))
@@ -267,7 +258,7 @@ def _backward(
         do_t = tl.load(do + at, mask=there, other=0.0).to(tile)
         du = tl.dot(tl.trans(tl.load(weights + square)), do_t, input_precision=PRECISION)
         for part in range(0, K, BLOCK_K):
-            c, state, inside = _block(row, part, w, K, V, BLOCK_K)
+            c, state, inside = block(row, part, w, K, V, BLOCK_K)
             dS = tl.load(dstates + (n + 1) * rows * K * V + state, mask=inside, other=0.0)
             k_t = tl.load(writes + here[:, None] * WIDTH + c[None, :])
             du += tl.dot(k_t, dS.to(tile), input_precision=PRECISION)
@@ -277,7 +268,7 @@ def _backward(
         tl.store(dv + at, derror, mask=there)
         derror = derror.to(tile)
         for part in range(0, K, BLOCK_K):
-            c, state, inside = _block(row, part, w, K, V, BLOCK_K)
+            c, state, inside = block(row, part, w, K, V, BLOCK_K)
             dS = tl.load(dstates + (n + 1) * rows * K * V + state, mask=inside, other=0.0)
             dS *= tl.load(total + (row * N + n) * WIDTH + c)[:, None]
             deep = here[:, None] * WIDTH + c[None, :]
@@ -307,7 +298,7 @@ def _step(
     w = tl.cast(tl.program_id(1), tl.int64) * BLOCK_V + tl.arange(0, BLOCK_V)
     error = tl.load(v + row * V + w, mask=w < V, other=0.0).to(tl.float32)
     for first in range(0, K, BLOCK_K):
-        c, at, inside = _block(row, first, w, K, V, BLOCK_K)
+        c, at, inside = block(row, first, w, K, V, BLOCK_K)
         k_t = tl.load(k + row * K + c, mask=c < K, other=0.0).to(tl.float32)[:, None]
         left = tl.load(
             g + (row * K + c if VECTOR else row + tl.zeros_like(c)), mask=c < K, other=0.0
@@ -317,7 +308,7 @@ def _step(
     u = tl.load(beta + row).to(tl.float32) * error
     out = tl.zeros((BLOCK_V,), tl.float32)
     for first in range(0, K, BLOCK_K):
-        c, at, inside = _block(row, first, w, K, V, BLOCK_K)
+        c, at, inside = block(row, first, w, K, V, BLOCK_K)
         q_t = tl.load(q + row * K + c, mask=c < K, other=0.0).to(tl.float32)[:, None]
         k_t = tl.load(k + row * K + c, mask=c < K, other=0.0).to(tl.float32)[:, None]
         left = tl.load(
@@ -335,15 +326,15 @@ def _variants() -> tuple[Variant, ...]:
     narrow |= {"dq", "dk", "dv"}
     made = []
     for kernel in (prepare, _forward, _backward, corrections, gradients, _step):
-        for dtype in ("*fp32", "*bf16"):
-            for vector in (True, False) if "VECTOR" in kernel.arg_names else (None,):
-                config = _config(kernel, 4 if dtype == "*fp32" else 2)
-                fixed = {"VECTOR": vector, "WIDTH": 128, "PRECISION": PRECISION}
-                config |= {n: x for n, x in fixed.items() if n in kernel.arg_names}
-                run_time = [n for n in kernel.arg_names if n not in config]
-                types = {n: dtype if n in narrow else "*fp32" for n in run_time}
-                types |= {n: "i32" for n in "THKVN" if n in run_time}
-                made.append(Variant(kernel, types, config, matrix=kernel is not _step))
+        kinds = (True, False) if "VECTOR" in kernel.arg_names and kernel is not _step else (True,)
+        for dtype, vector in product(("*fp32", "*bf16"), kinds):
+            config = _config(kernel, 4 if dtype == "*fp32" else 2)
+            fixed = {"VECTOR": vector, "WIDTH": 128, "PRECISION": PRECISION}
+            config |= {n: x for n, x in fixed.items() if n in kernel.arg_names}
+            run_time = [n for n in kernel.arg_names if n not in config]
+            types = {n: dtype if n in narrow else "*fp32" for n in run_time}
+            types |= {n: "i32" for n in "THKVN" if n in run_time}
+            made.append(Variant(kernel, types, config, dtype == "*bf16", kernel is not _step))
     return tuple(made)
 
 
