@@ -18,10 +18,11 @@ from seqzoo.kernels.dispatch import Backend, choose, declare, full_precision
 from seqzoo.kernels.errors import check_shape
 from seqzoo.kernels.operator import operator
 
-DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+SINGLE = (torch.float32, torch.float16, torch.bfloat16)
 declare(
     "delta",
-    Backend("native", ("cpu",), DTYPES, needs=("compiler",)),
+    Backend("native", ("cpu",), (*SINGLE, torch.float64), needs=("compiler",)),
+    Backend("fused", ("cuda",), SINGLE, needs=("triton",)),
     Backend("chunked"),
     Backend("reference"),
 )
@@ -58,7 +59,8 @@ def delta(
         initial_state: S before the first token, (B, H, K, V); zero when None.
         reset: (B, T) bool; True empties the state before the token.
         mask: (B, T) bool; False leaves the state untouched, and o there means nothing.
-        backend: `native`, `chunked` or `reference`; chosen by device and dtype when None.
+        backend: `native` (CPU), `fused` (CUDA), `chunked` or `reference`; the first that can serve
+            the call when None.
 
     Returns:
         o: (B, T, H, V) in the dtype of `v`.
@@ -71,7 +73,7 @@ def delta(
     check_shape("beta", beta.shape, v.shape[:3], "(B, T, H)")
     state = begin(v, k.shape[-1], (q, k, beta, log_decay), initial_state, reset, mask)
     wide = state.dtype
-    chosen = choose("delta", v, backend)
+    chosen = choose("delta", v if wide == torch.float32 else state, backend)
     with full_precision(v):
         q = q if scale == 1 else q.to(wide) * scale
         if chosen == "reference":
@@ -101,6 +103,9 @@ def _fast(
     if reset is not None:
         g = torch.where(reset[..., None, None], -torch.inf, g)
     if v.shape[1] == 1:
+        if backend == "fused":
+            o, last = _step(q, k, v, beta, g, state, backend)
+            return o, last
         return step(q, k, v, beta, g, state)
     o, last, _ = _chunks(q, k, v, beta, g, state, backend)
     return o, last
@@ -131,7 +136,8 @@ def _(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     states = initial_state.new_empty(1 + chunk_count(v.shape[1]), *initial_state.shape)
-    return v.new_empty(v.shape, dtype=states.dtype), states.new_empty(states.shape[1:]), states
+    o = v.new_empty(v.shape, dtype=v.dtype if backend == "fused" else states.dtype)
+    return o, states.new_empty(states.shape[1:]), states
 
 
 @operator("seqzoo::delta_backward")
@@ -188,6 +194,57 @@ def _differentiate(
 
 
 _chunks.register_autograd(_differentiate, setup_context=_save)
+
+
+@operator("seqzoo::delta_step")
+def _step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    g: Tensor,
+    initial_state: Tensor,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """One token, without the states that a chunk would keep."""
+    o, state = _module(backend).step(q, k, v, beta, g, initial_state)
+    return o, state
+
+
+@_step.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    g: Tensor,
+    initial_state: Tensor,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    return v.new_empty(v.shape), initial_state.new_empty(initial_state.shape)
+
+
+def _save_step(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:  # noqa: ANN401
+    ctx.save_for_backward(*inputs[:6])
+    ctx.backend = inputs[6]
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate_step(
+    ctx: Any,  # noqa: ANN401  # torch's own type
+    do: Tensor | None,
+    dstate: Tensor | None,
+) -> tuple[Tensor | None, ...]:
+    """A chunk of one token; the state after it is not read."""
+    *inputs, start = ctx.saved_tensors
+    do = start.new_zeros(inputs[2].shape) if do is None else do
+    dstate = torch.zeros_like(start) if dstate is None else dstate
+    states = torch.stack((start, start))
+    gradients: tuple[Tensor, ...] = _chunks_backward(*inputs, states, do, dstate, ctx.backend)
+    return *gradients, None
+
+
+_step.register_autograd(_differentiate_step, setup_context=_save_step)
 
 
 def _module(backend: str) -> ModuleType:
