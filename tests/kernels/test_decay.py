@@ -434,7 +434,7 @@ def test_what_is_kept_for_the_backward_pass_is_inputs_and_chunk_states_only(back
         ({"read": "befor"}, "nearest: before"),
         ({"reset": (2, 8)}, "reset is"),
         ({"mask": (1, 9)}, "mask is"),
-        ({"backend": "fused"}, "no backend of decay"),
+        ({"backend": "other"}, "no backend of decay"),
     ],
     ids=str,
 )
