@@ -7,8 +7,9 @@ outputs, the next state. Backward, the state's gradient walks from the end and l
 is all that values need; the rest is again for all chunks at once, from the states that the forward
 pass has kept.
 
-Matrix products take half-precision inputs as they are and sum in float32; T, decays and states are
-float32 always.
+Matrix products of bfloat16 inputs round their factors to bfloat16 and sum in float32; T, decays and
+states are float32 always. Of float16 inputs all is float32, which has the range that gradients of
+states need. A float32 factor is split in three bfloat16 parts that keep its 24 bits.
 """
 
 from itertools import product
@@ -25,7 +26,8 @@ from seqzoo.kernels.dispatch import interpreting
 from seqzoo.kernels.fused import OPTIONS, Variant
 
 WIDEST = 64  # channels of keys in a block, at most
-PRECISION = "bf16x6"  # of float32 factors: three bfloat16 parts keep their 24 bits and their range
+PRECISION = "bf16x6"  # of float32 factors
+NARROW = (torch.bfloat16,)  # dtypes whose matrix products are not float32
 MOST = 255  # registers: else the assembler spills a little to have more programs at once
 
 
@@ -111,6 +113,7 @@ def step(
 def _prepared(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor) -> Prepared:
     (B, T, H, K), N, width = k.shape, chunk_count(k.shape[1]), _width(k)
     tile, wide = torch.promote_types(k.dtype, v.dtype), torch.float32
+    tile = tile if tile in NARROW else wide
     A, M, inverse = (k.new_empty(B * H * N, CHUNK, CHUNK, dtype=x) for x in (tile, wide, wide))
     queries, keys, writes = (k.new_empty(B * H * N, CHUNK, width, dtype=tile) for _ in range(3))
     total = k.new_empty(B * H * N, width, dtype=wide)

@@ -1,5 +1,6 @@
 """The delta rule's Triton kernels against the definition in float64: on a GPU, or interpreted."""
 
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from tests.kernels.static_gate import KERNELS, lint
 from tests.tolerances import assert_close_to_reference, relative_error
 
 pytest.importorskip("triton")
+fused = import_module("seqzoo.kernels.delta.fused")
 KINDS = ("none", "scalar", "vector")
 DTYPES = (torch.float32, torch.float16)  # the interpreter computes nonsense in bfloat16
 
@@ -82,9 +84,23 @@ def test_delta(shape, kind, dtype, fused_device, poisoned_empty):
 
 
 @pytest.mark.parametrize("kind", ["scalar", "vector"])
-def test_the_widest_blocks(kind, fused_device, poisoned_empty):
+def test_half_precision_products(kind, fused_device, poisoned_empty, monkeypatch):
+    # as bfloat16 has them, in a dtype that the interpreter can compute in
+    monkeypatch.setattr(fused, "NARROW", (torch.float16,))
     given = inputs((1, 34, 1, 66, 35), kind, torch.float16)
     assert_right(given, torch.float16, fused_device)
+
+
+def test_a_gradient_beyond_the_range_of_float16_passes(fused_device):
+    given = inputs((1, 33, 1, 16, 16), "none", torch.float16)
+    given["beta"] = torch.zeros_like(given["beta"])  # so that the gradients of q, k, v stay small
+    given = {n: x.to(fused_device).requires_grad_() for n, x in given.items()}
+    _, state = delta(**given, backend="fused")
+    grads = torch.autograd.grad(
+        state, list(given.values()), state * 0 + 1e5, materialize_grads=True
+    )
+    assert all(x.isfinite().all() for x in grads)
+    assert torch.equal(grads[-1], torch.full_like(state, 1e5))
 
 
 @pytest.mark.parametrize("T", [1, 2, 15, 16, 17, 33])
