@@ -240,7 +240,7 @@ def solve_rates(studies: Sequence[Study]) -> Figure | str:
 
 
 def _whole(studies: Sequence[Study]) -> list[Study]:
-    """All but those with one entry swapped, which have the heat-map; they too if there is no other."""
+    """All but single swaps, which have the heat-map; those too where there is nothing else."""
     kept = [s for s in studies if s.where != "one"]
     return kept if any(not s.baseline for s in kept) else [*studies]
 

@@ -86,8 +86,9 @@ def _drawings(studies: Sequence[Study], clocked: Sequence[Row]) -> list[Drawing]
             "Accuracy against state",
             "Up and to the left is better: the line joins what no other stack beats in both, the "
             "faded ones are beaten. Bars are 95 % t-intervals over seeds. A star is the baseline, "
-            "a circle swaps all entries, a square every K-th, an open diamond one. State is counted "
-            "at the training length: where it grows with length, so does its lead or its lag.",
+            "a circle swaps all entries, a square every K-th, an open diamond one. State is "
+            "counted at the training length: where it grows with length, "
+            "so does its lead or its lag.",
             partial(against, "state_bytes"),
         ),
         Drawing(
@@ -103,7 +104,7 @@ def _drawings(studies: Sequence[Study], clocked: Sequence[Row]) -> list[Drawing]
             "Accuracy of the stack with one entry replaced, less the baseline's with the same seed "
             "(same weights elsewhere, same data). Blue gains, red loses; a star is below p 0.05 "
             "after Holm's correction over all swaps of the task. The interval is in the hover. "
-            "With few seeds only large differences can earn a star; the lack of one proves nothing.",
+            "With few seeds only large differences can earn a star; none proves nothing.",
             partial(heat_map, studies),
         ),
         Drawing(
@@ -118,8 +119,8 @@ def _drawings(studies: Sequence[Study], clocked: Sequence[Row]) -> list[Drawing]
             "solved",
             "How often the task is solved",
             "The share of seeds at 0.99 or more, with Wilson's 95 % interval; a failed seed has "
-            "not solved it. Tasks that are found out all at once are told by this, not by a mean. Not "
-            "solved means: not within these steps.",
+            "not solved it. Tasks that are found out all at once are told by this, not by a mean. "
+            "Not solved means: not within these steps.",
             partial(solve_rates, studies),
         ),
         Drawing(
@@ -243,10 +244,10 @@ def _tables(studies: Sequence[Study], table: Sequence[Row]) -> str:
         )
     caption = (
         "Means over seeds with 95 % t-intervals, shares with Wilson's; failed seeds are left out "
-        "of means and count as not solved. Differences are paired by seed; p is Holm's over all swaps "
-        "of the task. (edge): the best rate is the smallest or largest tried. State after one row, "
-        "float32. Seconds and tokens a second are of whole cells, measuring included, with as many "
-        "neighbours as the machine had. Wh is empty where no counter was read."
+        "of means and count as not solved. Differences are paired by seed; p is Holm's over all "
+        "swaps of the task. (edge): the best rate is the smallest or largest tried. State is after "
+        "one row, float32. Seconds and tokens a second are of whole cells, measuring included, "
+        "with as many neighbours as the machine had. Wh is empty where no counter was read."
     )
     body = "\n".join(parts)
     return f'<section>\n<h2>Table</h2>\n{body}\n<p class="caption">{_text(caption)}</p>\n</section>'
