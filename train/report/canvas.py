@@ -22,13 +22,19 @@ COLOURS = (
     "#6f9a2e",
 )
 GREY = "#8a8a8a"  # of baselines and floors
+ROOM, NARROW = 32, 18  # letters of a name in a legend and beside an axis, on a phone
 PANEL, HEAD = 300, 46  # pixels of a panel and of what stands above it
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 
 
 def text(words: object) -> str:
     """As plotly shows it unchanged, whatever it holds: names in a table are not ours."""
-    return html.escape(str(words)).replace("\n", " ")
+    return html.escape(str(words), quote=False).replace("\n", " ")  # it knows no &quot;
+
+
+def short(words: str, room: int = ROOM) -> str:
+    """As much of a name as there is room for; the hover has all of it."""
+    return words if len(words) <= room else f"{words[: room - 1]}\u2026"
 
 
 def si(value: float, unit: str = "") -> str:
@@ -128,11 +134,11 @@ def _steps(base: int) -> list[list[float]]:
 def line(
     name: str, colour: str, points: Sequence[tuple[float, float]], hover: Sequence[str], dash: str
 ) -> Scatter:
-    """A line with a mark at each point; `shown_once` gives it its place in the legend."""
+    """A line with a mark at each point; `add` gives it its place in the legend."""
     return Scatter(
         x=[x for x, _ in points],
         y=[y for _, y in points],
-        name=text(name),
+        name=text(short(name)),
         legendgroup=text(name),
         mode="lines+markers",
         line={"color": colour, "dash": dash, "width": 2},
@@ -159,9 +165,23 @@ def add_bars(trace: Scatter, low: Sequence[float | None], high: Sequence[float |
 
 def add(figure: Figure, trace: Scatter, row: int, seen: set[str]) -> None:
     """To a panel; a name stands in the legend once."""
-    trace.showlegend = trace.name not in seen
-    seen.add(trace.name)
+    trace.showlegend = trace.legendgroup not in seen
+    seen.add(trace.legendgroup)
     figure.add_trace(trace, row=row, col=1)
+
+
+def name_axis(names: Sequence[str]) -> dict[str, Any]:
+    """An axis with a name at 0, 1, ...; names that look alike when shortened stay apart."""
+    shown = [
+        "<br>".join(text(short(part, NARROW)) for part in name.replace(" (", "\n(").split("\n"))
+        for name in names
+    ]
+    return {
+        "tickvals": [*range(len(names))],
+        "ticktext": shown,
+        "range": [-0.5, len(names) - 0.5],
+        "ticks": "",
+    }
 
 
 def dashes(labels: Sequence[str], colour: Mapping[str, str]) -> dict[str, str]:

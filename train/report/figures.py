@@ -15,6 +15,7 @@ from seqzoo.train.report.canvas import (
     dashes,
     line,
     log_axis,
+    name_axis,
     si,
     text,
 )
@@ -61,7 +62,7 @@ def accuracy_against(studies: Sequence[Study], cost: str) -> Figure | str:
             hover = f"{names[id(study)]} | {interval} | {si(study.cost(cost), unit)}"
             hover += " | on the front" if i in front else ""
             trace = line(study.mixer, shade[study.mixer], [point], [hover], "solid")
-            trace.mode, trace.opacity = "markers", 1 if i in front else 0.45
+            trace.mode, trace.opacity = "markers", 1 if i in front else 0.55
             symbol = SYMBOLS.get(study.where, "square")
             trace.marker = {"size": 11, "symbol": symbol, "color": shade[study.mixer]}
             add_bars(trace, [interval.low], [interval.high])
@@ -99,7 +100,7 @@ def heat_map(studies: Sequence[Study]) -> Figure | str:
         figure.add_trace(
             Heatmap(
                 x=[str(layer) for layer in layers],
-                y=[text(mixer) for mixer in mixers],
+                y=[*range(len(mixers))],
                 z=z,
                 text=shown,
                 texttemplate="%{text}",
@@ -113,12 +114,12 @@ def heat_map(studies: Sequence[Study]) -> Figure | str:
             col=1,
         )
     scale = [[0, "#d6504f"], [0.5, "#f4f4f4"], [1, "#3b82d6"]]
-    bar = {"thickness": 10, "title": {"text": "difference", "side": "right"}}
+    bar = {"thickness": 10}
     figure.update_layout(
         coloraxis={"colorscale": scale, "cmin": -largest, "cmax": largest, "colorbar": bar}
     )
     figure.update_xaxes(type="category", showgrid=False)
-    return figure.update_yaxes(type="category", showgrid=False)
+    return figure.update_yaxes(name_axis(mixers), showgrid=False)
 
 
 def by_length(studies: Sequence[Study]) -> Figure | str:
@@ -213,17 +214,14 @@ def solve_rates(studies: Sequence[Study]) -> Figure | str:
     titles = [str(p) for p in panels]
     figure = canvas(titles, "share of seeds that solved it", "", 60 + 44 * most)
     for row, (panel, found) in enumerate(panels.items(), 1):
-        for study in found[::-1]:
+        for at, study in enumerate(found[::-1]):
             share, n = study.solved, len(study.counted)
             steps = study.by_seed("steps_to_solve", panel.length).values()
             words = f"{names[id(study)]} | {share.mean:.2f} of {n} seeds"
             words += f" | Wilson [{share.low:.2f}, {share.high:.2f}]"
             words += f" | median step {median(steps):g}" if steps else ""
             trace = line(study.mixer, shade[study.mixer], [], [], "solid")
-            trace.x, trace.y = (
-                [share.mean],
-                [text(names[id(study)]).replace(" (", "<br>(").replace(", ", "<br>")],
-            )
+            trace.x, trace.y = [share.mean], [at]
             trace.hovertext = [text(words).replace(" | ", "<br>")]
             trace.mode, trace.marker, trace.showlegend = "markers", {"size": 10}, False
             trace.marker.color = shade[study.mixer]
@@ -235,8 +233,10 @@ def solve_rates(studies: Sequence[Study]) -> Figure | str:
                 "thickness": 1.5,
             }
             figure.add_trace(trace, row=row, col=1)
+        shown = [names[id(study)] for study in found[::-1]]
+        figure.update_yaxes(name_axis(shown), row=row, col=1)
     figure.update_xaxes(range=[-0.03, 1.03], tickvals=[0, 0.5, 1], ticktext=["0", "1/2", "1"])
-    return figure.update_yaxes(type="category")
+    return figure
 
 
 def _whole(studies: Sequence[Study]) -> list[Study]:

@@ -23,7 +23,8 @@ th, td { padding: 5px 10px; text-align: left; white-space: nowrap; overflow-wrap
 thead th { color: var(--soft); font-weight: 600; border-bottom: 1px solid var(--line); }
 tbody tr + tr td { border-top: 1px solid var(--line); }
 td:first-child, th:first-child { position: sticky; left: 0; background: var(--paper);
-  min-width: 7.5rem; max-width: 42vw; white-space: normal; }
+  min-width: 7.5rem; max-width: 42vw; white-space: normal;
+  overflow-wrap: anywhere; }
 """
 
 SCRIPT = """
