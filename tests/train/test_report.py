@@ -24,6 +24,7 @@ from seqzoo.train.report.passes import PHASES, Stack
 from seqzoo.train.report.speed import speed
 from seqzoo.train.report.statistics import holm, paired, pareto, t_interval, wilson
 from seqzoo.train.report.studies import labels, studies_of
+from seqzoo.train.report.swaps import heat_map
 
 HOSTILE = '</script><img src=x onerror="console.error(1)">&amp;%{y}'
 TASKS = {"mqar": (16, (16,), 0.25), "parity": (32, (32, 64), 0.5)}
@@ -208,19 +209,19 @@ def test_every_figure_is_drawn_and_says_why_when_it_is_not(drawn):
     studies = studies_of(results.rows)
     alone = [s for s in studies if s.baseline and len(s.lengths()) == 1]
     for figure in (
-        figures.heat_map,
+        heat_map,
         figures.by_length,
         figures.rates,
         figures.solve_rates,
         figures.loss_by_flops,
     ):
         assert not isinstance(figure(studies), str), figure
-    for figure in (figures.heat_map, figures.by_length):
+    for figure in (heat_map, figures.by_length):
         assert isinstance(figure(alone), str)
     for column in ("tokens_per_second", "peak_memory_bytes"):
         assert not isinstance(speed(results.speed, column), str)
         assert "--measure" in str(speed([], column))
-    heat = json.loads(figures.heat_map(studies).to_json())["data"][0]  # type: ignore[union-attr]
+    heat = json.loads(heat_map(studies).to_json())["data"][0]  # type: ignore[union-attr]
     expected, at = 0.1 - (0.001 - 0.002 + 0.004) / 3 / 2, 0  # deltanet is the lowest
     assert heat["z"][at][0] == pytest.approx(expected)
     assert f"{expected:.3f} [0." in heat["hovertext"][at][0]
@@ -271,6 +272,16 @@ def test_the_edge_of_the_sweep_is_flagged(tmp_path):
     (study,) = studies_of(load(tmp_path).rows)
     assert (study.lr, study.at_edge) == (0.003, True)
     assert labels([study]) == ["attention (baseline)"]
+
+
+def test_where_all_failed_the_page_gives_the_reasons(tmp_path):
+    rows = [cell_rows("mqar", stack, 0.003, seed)[0] for stack in LEVELS for seed in (0, 1)]
+    told = {"status": "failed", "reason": "loss <is> nan", "value": ""}
+    write(tmp_path / "results.csv", COLUMNS, [row | told for row in rows])
+    whole, table = page(load(tmp_path))
+    assert {row["against_floor"] for row in table} == {"failed"}
+    assert whole.count("loss &lt;is&gt; nan") == 2 * len(LEVELS)
+    assert "not drawn: no cell has an accuracy" in whole
 
 
 def test_two_cells_that_cannot_be_told_apart_are_refused(tmp_path):

@@ -12,7 +12,6 @@ from plotly.offline import get_plotlyjs
 from seqzoo.train.report.figures import (
     accuracy_against,
     by_length,
-    heat_map,
     loss_by_flops,
     rates,
     solve_rates,
@@ -21,6 +20,7 @@ from seqzoo.train.report.load import Results, Row
 from seqzoo.train.report.speed import conditions, speed
 from seqzoo.train.report.studies import Study, labels, panels_of, studies_of
 from seqzoo.train.report.style import SCRIPT, STYLE
+from seqzoo.train.report.swaps import heat_map
 from seqzoo.train.report.table import HEADS, shown, summary
 
 PAGE = Template(
@@ -249,8 +249,10 @@ def _tables(studies: Sequence[Study], table: Sequence[Row]) -> str:
         "one row, float32. Seconds and tokens a second are of whole cells, measuring included, "
         "with as many neighbours as the machine had. Wh is empty where no counter was read."
     )
-    body = "\n".join(parts)
-    return f'<section>\n<h2>Table</h2>\n{body}\n<p class="caption">{_text(caption)}</p>\n</section>'
+    whole = "\n".join(parts)
+    return (
+        f'<section>\n<h2>Table</h2>\n{whole}\n<p class="caption">{_text(caption)}</p>\n</section>'
+    )
 
 
 def _failures(studies: Sequence[Study]) -> str:

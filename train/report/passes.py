@@ -25,7 +25,9 @@ class Stack(NamedTuple):
 def build(stack: Stack) -> ZooForCausalLM:
     """The model, with weights of seed 0."""
     torch.manual_seed(0)
-    return ZooForCausalLM(ZooConfig(decoder=stack.decoder, vocab_size=stack.vocab_size)).eval()
+    model = ZooForCausalLM(ZooConfig(decoder=stack.decoder, vocab_size=stack.vocab_size))
+    model.train(False)
+    return model
 
 
 def tokens(stack: Stack, batch_size: int, length: int) -> Tensor:
@@ -57,7 +59,7 @@ def run_once(model: ZooForCausalLM, phase: str, ids: Tensor) -> None:
     if phase == "train":
         model.train()
         _logits(model, ids).sum().backward()  # type: ignore[no-untyped-call]
-        model.eval()
+        model.train(False)
     else:
         step_of(model, phase, ids)()
 
@@ -66,7 +68,7 @@ def run_once(model: ZooForCausalLM, phase: str, ids: Tensor) -> None:
 def filled(model: ZooForCausalLM, ids: Tensor) -> ZooCache:
     """A cache that has seen the tokens."""
     cache = ZooCache()
-    for piece in ids.split(PIECE, dim=1):
+    for piece in torch.split(ids, PIECE, dim=1):
         model(piece, past_key_values=cache, use_cache=True, logits_to_keep=1)
     return cache
 

@@ -59,7 +59,7 @@ def speed(rows: Sequence[Row], column: str) -> Figure | str:
             if bad:
                 figure.add_trace(_crosses(name, shade[mixer[name]], bad, bottom), row=at, col=1)
         lengths = sorted({row["length"] for _, row in own})
-        axis = at_marks(log_axis(lengths, si, 2), lengths, si)
+        axis = at_marks(log_axis(lengths, "{:,.0f}".format, 2), lengths, "{:,.0f}".format)
         figure.update_xaxes(axis, row=at, col=1)
         axis = log_axis([*values, bottom], lambda v: si(v, unit))
         figure.update_yaxes(axis, row=at, col=1)

@@ -12,6 +12,7 @@ from seqzoo.train.report.load import Row
 from seqzoo.train.report.statistics import Interval, Paired, holm, paired, t_interval, wilson
 
 SIGNIFICANT = 0.05
+Place = tuple["Panel", str, str, int | None, tuple[str, ...]]
 
 
 class Panel(NamedTuple):
@@ -24,7 +25,7 @@ class Panel(NamedTuple):
         return f"{self.task}, trained at {self.length}"
 
 
-@dataclass
+@dataclass(eq=False)
 class Measured:
     """One cell: its shared columns and what was measured, by metric, length and step."""
 
@@ -48,7 +49,7 @@ class Measured:
         return found[-1][1] if found and not self.failed else 0.0
 
 
-@dataclass
+@dataclass(eq=False)
 class Study:
     """One stack on one task: all its cells."""
 
@@ -163,10 +164,10 @@ def studies_of(rows: Iterable[Row]) -> list[Study]:
             cell.values[row["metric"], row["length"], row["step"]] = row["value"]
         if row["note"]:
             cell.notes[row["length"]] = row["note"]
-    groups = defaultdict(list)
+    groups: dict[Place, list[Measured]] = defaultdict(list)
     for (study, *_), cell in cells.items():
         groups[study].append(cell)
-    made = [Study(*place, found) for place, found in groups.items()]
+    made = [Study(*place, cells=found) for place, found in groups.items()]
     return sorted(made, key=_order)
 
 
@@ -214,7 +215,7 @@ def labels(studies: Sequence[Study]) -> list[str]:
     return made
 
 
-def _study(row: Row) -> tuple[Panel, str, str, int | None, tuple[str, ...]]:
+def _study(row: Row) -> Place:
     factors = tuple(row[factor] for factor in FACTORS)
     panel = Panel(row["task"], row["train_length"])
     return panel, row["mixer"], row["where"], row["layer"], factors
