@@ -37,6 +37,7 @@ COMMANDS = {
     "import": Command("turn published weights into a Hugging Face folder of seqzoo", "import_"),
     "gates": Command("train tiny models that must, or must not, solve synthetic tasks", "gates"),
     "ablate": Command("train a grid of small models that differ in their mixers", "ablate"),
+    "report": Command("draw what ablate wrote: one HTML page, one table", "report"),
     "bench": Command("time a mixer against its own shorter runs", "bench"),
     "lra": Command("make samples of Long-Range Arena's ListOps or Pathfinder", "lra"),
     "demo": Command("train two models that differ in one layer and compare them", "demo"),

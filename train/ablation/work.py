@@ -15,7 +15,7 @@ def attempt(description: dict[str, Any]) -> dict[str, Any]:
     try:
         result = train_cell(description)
     except Exception as error:
-        return failed(_reason(error))
+        return failed(reason_of(error))
     return {"status": "done", "reason": "", "worker": os.getpid(), "result": result}
 
 
@@ -24,7 +24,8 @@ def failed(reason: str) -> dict[str, Any]:
     return {"status": "failed", "reason": reason, "worker": os.getpid(), "result": None}
 
 
-def _reason(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
+    """An error in one line, at most 300 characters."""
     words = " ".join(str(error).split())
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or any(m in words for m in MEMORY):
         return "out of memory"

@@ -24,6 +24,7 @@ OPTIONAL = {
     "datasets": "--data Hub",
     "causal-conv1d": "a faster short convolution on CUDA",
     "mamba-ssm": "another selective scan on CUDA",
+    "plotly": "seqzoo report",
 }
 
 
