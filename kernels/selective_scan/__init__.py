@@ -73,22 +73,10 @@ def selective_scan(
     Raises:
         ValueError: shapes that do not fit, or a backend that cannot serve the call.
     """
-    if u.ndim != 3 or A.ndim != 2:
-        raise ValueError(
-            f"u is {tuple(u.shape)}, A is {tuple(A.shape)}; selective_scan takes (B, T, D), (D, N)"
-        )
+    _check(u, dt, A, B, C, D, reset, mask)
     rows, T, channels = u.shape
     N = A.shape[1]
-    check_shape("dt", dt.shape, (rows, T, channels), "(B, T, D)")
-    check_shape("A", A.shape, (channels, N), "(D, N)")
-    check_shape("B", B.shape, (rows, T, N), "(B, T, N)")
-    check_shape("C", C.shape, (rows, T, N), "(B, T, N)")
-    if D is not None:
-        check_shape("D", D.shape, (channels,), "(D,)")
-    if reset is not None:
-        check_shape("reset", reset.shape, (rows, T), "(B, T)")
     if mask is not None:
-        check_shape("mask", mask.shape, (rows, T), "(B, T)")
         dt = torch.where(mask[..., None], dt, 0)
     given = u.dtype
     wide = accumulator(torch.promote_types(u.dtype, A.dtype))
@@ -118,6 +106,33 @@ def selective_scan(
             y, state, _ = _selective_scan(*inputs, reset, chosen, keep)
         y = y if D is None else torch.addcmul(y, u, D.to(wide))
     return y.to(given), state
+
+
+def _check(
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    reset: Tensor | None,
+    mask: Tensor | None,
+) -> None:
+    if u.ndim != 3 or A.ndim != 2:
+        raise ValueError(
+            f"u is {tuple(u.shape)}, A is {tuple(A.shape)}; selective_scan takes (B, T, D), (D, N)"
+        )
+    rows, T, channels = u.shape
+    N = A.shape[1]
+    check_shape("dt", dt.shape, (rows, T, channels), "(B, T, D)")
+    check_shape("A", A.shape, (channels, N), "(D, N)")
+    check_shape("B", B.shape, (rows, T, N), "(B, T, N)")
+    check_shape("C", C.shape, (rows, T, N), "(B, T, N)")
+    if D is not None:
+        check_shape("D", D.shape, (channels,), "(D,)")
+    for name, flags in (("reset", reset), ("mask", mask)):
+        if flags is not None:
+            check_shape(name, flags.shape, (rows, T), "(B, T)")
 
 
 def _features(N: int, initial_state: Tensor | None, reset: Tensor | None) -> tuple[str, ...]:
