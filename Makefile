@@ -9,7 +9,9 @@ TORCH_FROM = $$(command -v nvidia-smi >/dev/null 2>&1 \
 .PHONY: demo test test-all lint format clean
 
 demo: .venv/demo
-	$(BIN)/seqzoo demo --out runs/demo
+	$(BIN)/seqzoo ablate configs/ablation/small.yaml --out runs/demo/small
+	$(BIN)/seqzoo report runs/demo/small --open
+	$(BIN)/seqzoo demo --out runs/demo --steps 60
 
 test: .venv/test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
@@ -29,7 +31,7 @@ format: .venv/test
 .venv/demo: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -q -c constraints.txt torch $(TORCH_FROM)
-	$(BIN)/python -m pip install -q -c constraints.txt -e .
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[report]'
 	touch $@
 
 .venv/test: .venv/demo

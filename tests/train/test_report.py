@@ -248,6 +248,19 @@ def test_the_page_comes_from_the_csv_alone_and_is_the_same_every_time(drawn, tmp
     assert (tmp_path / "summary.csv").read_bytes() == (drawn / "summary.csv").read_bytes()
 
 
+def test_the_page_opens_only_where_there_is_a_screen(drawn, monkeypatch):
+    shown: list[str] = []
+    monkeypatch.setattr("webbrowser.open", shown.append)
+    for name in ("DISPLAY", "WAYLAND_DISPLAY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("sys.platform", "linux")
+    assert main(["report", str(drawn), "--open"]) == 0
+    assert shown == []
+    monkeypatch.setenv("DISPLAY", ":0")
+    assert main(["report", str(drawn), "--open"]) == 0
+    assert shown == [(drawn / "report.html").resolve().as_uri()]
+
+
 def test_names_are_text_and_nothing_is_fetched(drawn):
     whole = (drawn / "report.html").read_text()
     ours = whole.replace(whole[whole.index("<script>") : whole.index("</head>")], "")

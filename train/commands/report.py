@@ -6,7 +6,9 @@ lengths, forward, training and decoding, and writes speed.csv; leave the machine
 """
 
 import argparse
+import os
 import sys
+import webbrowser
 from pathlib import Path
 
 
@@ -14,6 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What is drawn, where to, and what is clocked before."""
     parser.add_argument("results", type=Path, help="a folder that `seqzoo ablate` wrote")
     parser.add_argument("--out", type=Path, help="file (default: report.html in the folder)")
+    parser.add_argument("--open", action="store_true", help="show it, where there is a screen")
     parser.add_argument("--measure", action="store_true", help="clock first; writes speed.csv")
     parser.add_argument("--lengths", default="128,512,2048", help="to clock at (128,512,2048)")
     parser.add_argument("--batch_size", type=int, default=1, help="rows when clocking (1)")
@@ -54,6 +57,14 @@ def run(arguments: argparse.Namespace) -> None:
     write_whole(out, whole.encode())
     write_whole(out.parent / "summary.csv", as_csv(table))
     sys.stdout.write(f"{out}\n{out.parent / 'summary.csv'}: {len(table)} rows\n")
+    if arguments.open and _has_screen():
+        webbrowser.open(out.resolve().as_uri())
+
+
+def _has_screen() -> bool:
+    """Whether a browser could show a window; elsewhere one might take over the terminal."""
+    windows = sys.platform in ("win32", "darwin")
+    return windows or any(os.environ.get(name) for name in ("DISPLAY", "WAYLAND_DISPLAY"))
 
 
 def _measure(arguments: argparse.Namespace) -> None:
