@@ -237,6 +237,48 @@ def corrections(
 
 
 @triton.jit
+def _into_scalar(
+    q_t,
+    k_t,
+    g_t,
+    into,
+    given,
+    square,
+    TILE: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Gradients under a scalar decay: of queries, keys, log decays, and of decays inside alone."""
+    dqueries, dkeys, dwrites, dover = into
+    weights, products, dweights, dproducts = given
+    i = tl.arange(0, BLOCK_T)
+    begun, ended = between(i * 0 - 1, BLOCK_T), between(i * 0 + BLOCK_T - 1, BLOCK_T)
+    since = tl.exp(tl.sum(begun * g_t[None, :], 1))
+    until = tl.exp(tl.sum(ended * g_t[None, :], 1))
+    dsince = tl.sum(dqueries * q_t + dkeys * k_t, 1) * since
+    duntil = tl.sum(dwrites * k_t, 1) * until
+    dlog = tl.sum(begun * dsince[:, None] + ended * duntil[:, None], 0)
+    dlog += tl.sum(dover, 0) * tl.exp(tl.sum(g_t, 0))
+    dA, dM = tl.load(dweights + square), tl.load(dproducts + square)
+    inside = dA * tl.load(weights + square).to(tl.float32) + dM * tl.load(products + square)
+    inside = tl.where(i[:, None] > i[None, :], inside, 0.0)
+    after = tl.where(i[:, None] < i[None, :], 1.0, 0.0)
+    inside = tl.dot(inside, after, input_precision=PRECISION)
+    inside = tl.sum(tl.where(i[None, :] <= i[:, None], inside, 0.0), 0)
+    decay = pairs(g_t, BLOCK_T, PRECISION)
+    dA *= decay
+    dM *= decay + tl.trans(decay)
+    turned = tl.trans(dA).to(TILE)
+    q_half, k_half = q_t.to(TILE), k_t.to(TILE)
+    dq_t = dqueries * since[:, None]
+    dq_t += tl.dot(dA.to(TILE), k_half, input_precision=PRECISION)
+    dk_t = dkeys * since[:, None] + dwrites * until[:, None]
+    dk_t += tl.dot(turned, q_half, input_precision=PRECISION)
+    dk_t += tl.dot(dM.to(TILE), k_half, input_precision=PRECISION)
+    return dq_t, dk_t, dlog, inside
+
+
+@triton.jit
 def gradients(
     q,
     k,
@@ -337,32 +379,13 @@ def gradients(
             dlog += tl.dot(tl.trans(ones), into * k_t, input_precision=PRECISION)
         tl.store(dg + at, dlog, mask=there)
     else:
-        begun, ended = between(i * 0 - 1, BLOCK_T), between(i * 0 + BLOCK_T - 1, BLOCK_T)
         g_t = log_decays(g, token, t < T)
-        since = tl.exp(tl.sum(begun * g_t[None, :], 1))
-        until = tl.exp(tl.sum(ended * g_t[None, :], 1))
-        dsince = tl.sum(dqueries * q_t + dkeys * k_t, 1) * since
-        duntil = tl.sum(dwrites * k_t, 1) * until
-        dlog = tl.sum(begun * dsince[:, None] + ended * duntil[:, None], 0)
-        dlog += tl.sum(dover, 0) * tl.exp(tl.sum(g_t, 0))
-        dA, dM = tl.load(dweights + square), tl.load(dproducts + square)
-        A = tl.load(weights + square).to(tl.float32)
-        M = tl.load(products + square)
-        dexponent = tl.where(i[:, None] > i[None, :], dA * A + dM * M, 0.0)
-        after = tl.where(i[:, None] < i[None, :], 1.0, 0.0)
-        dexponent = tl.dot(dexponent, after, input_precision=PRECISION)
-        dexponent = tl.sum(tl.where(i[None, :] <= i[:, None], dexponent, 0.0), 0)
-        dlog += tl.where(tl.program_id(1) == 0, dexponent, 0.0)
-        decay = pairs(g_t, BLOCK_T, PRECISION)
-        dA *= decay
-        dM *= decay + tl.trans(decay)
-        turned = tl.trans(dA).to(tile)
-        q_half, k_half = q_t.to(tile), k_t.to(tile)
-        dq_t = dqueries * since[:, None]
-        dq_t += tl.dot(dA.to(tile), k_half, input_precision=PRECISION)
-        dk_t = dkeys * since[:, None] + dwrites * until[:, None]
-        dk_t += tl.dot(turned, q_half, input_precision=PRECISION)
-        dk_t += tl.dot(dM.to(tile), k_half, input_precision=PRECISION)
+        into = (dqueries, dkeys, dwrites, dover)
+        given = (weights, products, dweights, dproducts)
+        dq_t, dk_t, dlog, inside_chunk = _into_scalar(
+            q_t, k_t, g_t, into, given, square, tile, BLOCK_T, PRECISION
+        )
+        dlog += tl.where(tl.program_id(1) == 0, inside_chunk, 0.0)
         part = tl.cast(tl.program_id(1), tl.int64) * (rows // H) * T * H
         tl.store(dg + part + token, dlog, mask=t < T)
     tl.store(dq + at, dq_t, mask=there)
