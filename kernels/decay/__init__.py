@@ -4,20 +4,26 @@ Carries Linear Transformer, causal Performer, cosFormer, Based, RetNet, Mamba-2,
 RWKV-5 and -6, mLSTM and lightning attention.
 """
 
+from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from seqzoo.kernels.decay.chunked import backward as chunked_backward
-from seqzoo.kernels.decay.chunked import chunk_count, step
-from seqzoo.kernels.decay.chunked import forward as chunked_forward
+from seqzoo.kernels.decay.chunked import step
 from seqzoo.kernels.decay.reference import decay as reference_decay
 from seqzoo.kernels.dispatch import Backend, accumulator, choose, declare, full_precision
 from seqzoo.kernels.errors import check_shape, not_divisible, unknown
 from seqzoo.kernels.operator import operator
 
-declare("decay", Backend("chunked"), Backend("reference"))
+SINGLE = (torch.float32, torch.float16, torch.bfloat16)
+declare(
+    "decay",
+    Backend("fused", ("cuda",), SINGLE, needs=("triton",)),
+    Backend("chunked"),
+    Backend("reference"),
+)
 
 
 def decay(
@@ -52,7 +58,7 @@ def decay(
         initial_state: S before the first token, (B, H, K, V); zero when None.
         reset: (B, T) bool; True empties the state before the token.
         mask: (B, T) bool; False leaves the state untouched, and o there means nothing.
-        backend: `chunked` or `reference`; `chunked` when None.
+        backend: `fused`, `chunked` or `reference`; chosen by device and dtype when None.
 
     Returns:
         o: (B, T, H, V) in the dtype of `v`.
@@ -76,7 +82,7 @@ def decay(
         initial_state = torch.zeros(shape, device=v.device, dtype=wide)
     check_shape("initial_state", initial_state.shape, shape, "(B, H, K, V)")
     state = initial_state.to(wide)
-    chosen = choose("decay", v, backend)
+    chosen = choose("decay", v if wide == torch.float32 else state, backend)
     before = read == "before"
     with full_precision(v):
         q = q if scale == 1 else q.to(wide) * scale
@@ -85,7 +91,7 @@ def decay(
             q, k, values = q.to(wide), k.to(wide), v.to(wide)
             o, state = reference_decay(q, k, values, g, u, before, state, reset, mask)
         else:
-            o, state = _vectorised(q, k, v, log_decay, bonus, before, state, reset, mask)
+            o, state = _vectorised(q, k, v, log_decay, bonus, before, state, reset, mask, chosen)
     return o.to(v.dtype), state
 
 
@@ -122,10 +128,13 @@ def _vectorised(
     state: Tensor,
     reset: Tensor | None,
     mask: Tensor | None,
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
     """Everything said with keys, queries and decays alone, then the chunks."""
     if bonus is not None:  # used twice: gradients are added before they are rounded
-        q, k, v = (x.to(state.dtype) for x in (q, k, v))
+        q, k = q.to(state.dtype), k.to(state.dtype)
+        if backend != "fused":  # whose matrix products are as precise as v is
+            v = v.to(state.dtype)
     T, H, read = v.shape[1], v.shape[2], q
     if g is None:
         g = state.new_zeros(v.shape[:3])
@@ -140,14 +149,16 @@ def _vectorised(
     if v.shape[0] * T == 0:
         return v, state
     if T == 1:
-        o, last = step(read, k, v, g, state, before)
+        inputs = (read, k, v, g, state)
+        trained = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+        o, last = (step if trained or backend != "fused" else _step)(*inputs, before)
     elif before:  # token t reads what token t - 1 reads after its write
         o, _ = step(read[:, :1], k[:, :1], v[:, :1], g[:, :1], state, before)
         late = torch.cat([read[:, 1:], torch.zeros_like(read[:, :1])], dim=1)
-        rest, last, _ = _chunks(late, k, v, g, state)
+        rest, last, _ = _chunks(late, k, v, g, state, backend)
         o = torch.cat([o, rest[:, :-1]], dim=1)
     else:
-        o, last, _ = _chunks(read, k, v, g, state)
+        o, last, _ = _chunks(read, k, v, g, state, backend)
     if bonus is not None:
         own = (q * k).repeat_interleave(H // k.shape[2], dim=2) * bonus
         o = o + own.sum(-1, keepdim=True) * v
@@ -156,31 +167,49 @@ def _vectorised(
 
 @operator("seqzoo::decay")
 def _chunks(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, initial_state: Tensor
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, initial_state: Tensor, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    o, states = chunked_forward(q, k, v, g, initial_state)
+    o, states = _module(backend).forward(q, k, v, g, initial_state)
     return o, states[-1].clone(), states
 
 
 @_chunks.register_fake
 def _(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, initial_state: Tensor
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, initial_state: Tensor, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    states = initial_state.new_empty(1 + chunk_count(v.shape[1]), *initial_state.shape)
-    return v.new_empty(v.shape, dtype=states.dtype), states.new_empty(states.shape[1:]), states
+    fused, count = backend == "fused", _module(backend).chunk_count
+    chunks = count(v.shape[1], v.dtype) if fused else count(v.shape[1])
+    states = initial_state.new_empty(1 + chunks, *initial_state.shape)
+    made = torch.promote_types(q.dtype, v.dtype) if fused else states.dtype
+    return v.new_empty(v.shape, dtype=made), states.new_empty(states.shape[1:]), states
 
 
 @operator("seqzoo::decay_backward")
 def _chunks_backward(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, states: Tensor, do: Tensor, dstate: Tensor
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    states: Tensor,
+    do: Tensor,
+    dstate: Tensor,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     with full_precision(v):
-        return chunked_backward(q, k, v, g, states, do, dstate)
+        dq, dk, dv, dg, dstart = _module(backend).backward(q, k, v, g, states, do, dstate)
+    return dq, dk, dv, dg, dstart
 
 
 @_chunks_backward.register_fake
 def _(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, states: Tensor, do: Tensor, dstate: Tensor
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    states: Tensor,
+    do: Tensor,
+    dstate: Tensor,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     dq, dk, dv, dg = (x.new_empty(x.shape) for x in (q, k, v, g))
     return dq, dk, dv, dg, dstate.new_empty(dstate.shape)
@@ -188,6 +217,7 @@ def _(
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:  # noqa: ANN401
     ctx.save_for_backward(*inputs[:4], output[2])
+    ctx.backend = inputs[5]
     ctx.set_materialize_grads(False)
 
 
@@ -196,12 +226,32 @@ def _differentiate(
     do: Tensor | None,
     dstate: Tensor | None,
     _: None,
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor | None, ...]:
     q, k, v, g, states = ctx.saved_tensors
     do = states.new_zeros(v.shape) if do is None else do
     dstate = states.new_zeros(states.shape[1:]) if dstate is None else dstate
-    dq, dk, dv, dg, dstart = _chunks_backward(q, k, v, g, states, do, dstate)
-    return dq, dk, dv, dg, dstart
+    dq, dk, dv, dg, dstart = _chunks_backward(q, k, v, g, states, do, dstate, ctx.backend)
+    return dq, dk, dv, dg, dstart, None
 
 
 _chunks.register_autograd(_differentiate, setup_context=_save)
+
+
+@operator("seqzoo::decay_step")
+def _step(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, state: Tensor, before: bool
+) -> tuple[Tensor, Tensor]:
+    """One token in one launch, without gradients."""
+    o, new = _module("fused").step(q, k, v, g, state, before)
+    return o, new
+
+
+@_step.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, state: Tensor, before: bool
+) -> tuple[Tensor, Tensor]:
+    return v.new_empty(v.shape, dtype=state.dtype), state.new_empty(state.shape)
+
+
+def _module(backend: str) -> ModuleType:
+    return import_module(f"{__name__}.{backend}")

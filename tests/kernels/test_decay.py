@@ -352,7 +352,7 @@ def test_compiled_without_graph_breaks_it_is_the_same(kind, T):
 def test_opcheck(kind, T):
     given = leaves(inputs(2, T, 2, 1, 4, 3, kind=kind), torch.float64)
     g = given["log_decay"].detach().view(2, T, 2, -1).requires_grad_()
-    arguments = (given["q"], given["k"], given["v"], g, given["initial_state"])
+    arguments = (given["q"], given["k"], given["v"], g, given["initial_state"], "chunked")
     torch.library.opcheck(torch.ops.seqzoo.decay.default, arguments)
 
 
