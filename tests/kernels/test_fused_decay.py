@@ -8,6 +8,7 @@ from torch import Tensor
 
 from seqzoo.kernels.decay import decay
 from seqzoo.kernels.dispatch import choose, interpreting
+from tests.kernels.static_gate import KERNELS, lint
 from tests.kernels.test_decay import compare, everything, flags, inputs, leaves, truth
 
 pytest.importorskip("triton")
@@ -73,6 +74,15 @@ def test_a_walk_cut_in_stretches_carries_states_and_gradients_over(
     assert_right(inputs(1, 150, 1, 1, 3, 4, kind=kind), torch.float32, fused_device)
 
 
+@pytest.mark.parametrize("kind", ["scalar", "vector"])
+def test_longer_chunks_as_bfloat16_has_them(
+    kind: str, fused_device: str, poisoned_empty: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fused = import_module("seqzoo.kernels.decay.fused")
+    monkeypatch.setitem(fused.CHUNKS, torch.float32, fused.CHUNKS[torch.bfloat16])
+    assert_right(inputs(1, 67, 1, 1, 3, 4, kind=kind), torch.float32, fused_device)
+
+
 @pytest.mark.parametrize("read", ["after", "before"])
 @pytest.mark.parametrize("kind", ["none", "scalar", "vector"])
 def test_a_single_token(kind: str, read: str, fused_device: str, poisoned_empty: None) -> None:
@@ -122,16 +132,19 @@ def test_layout_in_memory_changes_nothing(fused_device: str) -> None:
     assert all(torch.equal(other[name], x) for name, x in found.items())
 
 
-@pytest.mark.parametrize("kind", ["scalar", "vector"])
-def test_the_operators_keep_their_promises_to_torch(kind: str, fused_device: str) -> None:
-    given = leaves(inputs(1, 3, 1, 2, 4, 3, kind=kind), torch.float16)
-    given["log_decay"] = given["log_decay"].view(1, 3, 2, -1)
+def test_the_operators_keep_their_promises_to_torch(fused_device: str) -> None:
+    given = leaves(inputs(1, 3, 1, 2, 4, 3, kind="vector"), torch.float16)
     order = ("q", "k", "v", "log_decay", "initial_state")
     tensors = [given[n].detach().to(fused_device).requires_grad_() for n in order]
     torch.library.opcheck(torch.ops.seqzoo.decay.default, (*tensors, "fused"))
     token = [x[:, :1].detach() for x in tensors[:4]]
     step = torch.ops.seqzoo.decay_step.default
     torch.library.opcheck(step, (*token, tensors[4].detach(), True))
+
+
+@pytest.mark.parametrize("name", ["programs.py", "tiles.py"])
+def test_what_the_kernels_are_made_of_is_held_to_the_rules_of_fused_py(name: str) -> None:
+    assert lint((KERNELS / "decay" / name).read_text()) == []
 
 
 def test_a_float64_decay_is_refused_and_not_narrowed(fused_device: str) -> None:
