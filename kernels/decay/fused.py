@@ -16,9 +16,10 @@ border between the halves of a block, for blocks of 2, 4, ... tokens, as in `chu
 are sums of log decays and never differences, so that none is above zero, nothing cancels and -inf
 is an ordinary value. A scalar decay is summed for each pair of tokens by itself.
 
-Sums, states and decays are float32. Factors of matrix products are bfloat16 where v is; elsewhere
-each is split in two (v in float16) or three (float32) bfloat16 parts, which keep 16 or 24 bits of
-it and the range of float32, and there chunks are shorter, or the parts would not fit.
+Sums, states and decays are float32. Factors of matrix products are made of bfloat16 parts, which
+have the range of float32: for v in bfloat16 one part, and two of a left factor that is not exact
+(or the worst row would be off by more than may be); for float16 two parts of both factors, for
+float32 three, which keep 16 or 24 bits, and there chunks are shorter, or the parts would not fit.
 """
 
 from typing import Any, NamedTuple
@@ -146,9 +147,8 @@ def _walk(
 def _weights(sizes: Sizes, q: Tensor, k: Tensor, g: Tensor) -> Tensor:
     """A, (chunks, B, H, chunk, chunk)."""
     chunk = CHUNKS[sizes.dtype]
-    kept = torch.bfloat16 if sizes.dtype == torch.bfloat16 else torch.float32
     shape = (chunk_count(sizes.T, sizes.dtype), sizes.B, sizes.H, chunk, chunk)
-    A = q.new_empty(shape, dtype=kept)
+    A = q.new_empty(shape, dtype=torch.float32)
     decay = "vector" if sizes.vector else "scalar"
     _launch(scores, sizes, q, k, g, A, A, A, DECAY=decay, BACK=False)
     return A
@@ -197,14 +197,16 @@ def _step(
     """One token, read before or after its own write."""
     row = tl.cast(tl.program_id(0), tl.int64)
     keys = row // H * HK + row % H // (H // HK)
-    j = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
+    j = tl.cast(tl.program_id(1), tl.int64) * BLOCK_V + tl.arange(0, BLOCK_V)
     v_t = tl.load(v + row * V + j, mask=j < V, other=0.0).to(tl.float32)
     made = tl.zeros((BLOCK_V,), tl.float32)
     for first in range(0, K, BLOCK_K):
         i = first + tl.arange(0, BLOCK_K)
         q_t = tl.load(q + keys * K + i, mask=i < K, other=0.0).to(tl.float32)
         k_t = tl.load(k + keys * K + i, mask=i < K, other=0.0).to(tl.float32)
-        g_t = tl.load(g + (row * K + i if VECTOR else row + i * 0), mask=i < K, other=0.0)
+        g_t = tl.load(
+            g + (row * K + i if VECTOR else row + tl.zeros_like(i)), mask=i < K, other=0.0
+        )
         at = (row * K + i)[:, None] * V + j[None, :]
         inside = (i < K)[:, None] & (j < V)[None, :]
         old = tl.load(state + at, mask=inside, other=0.0)
@@ -219,7 +221,7 @@ def _config(kernel: triton.JITFunction, sizes: Sizes) -> dict[str, int]:
     config, chunk = CONFIGS[kernel.__name__][half], CHUNKS[sizes.dtype]
     if kernel is outputs and half and sizes.V <= 64:
         config = config | {"BLOCK_V": 64}
-    if not half and not torch.version.hip:  # or the compiler spills to have fewer than there are
+    if not torch.version.hip:  # or the compiler spills to have fewer than there are
         config = config | {"maxnreg": 255}
     fixed = {"BLOCK_T": chunk, "LEVELS": chunk.bit_length() - 1}
     return config | {n: x for n, x in fixed.items() if n in kernel.arg_names}
@@ -231,36 +233,36 @@ def _tiles(k: int, v: int, warps: int, stages: int = 1) -> dict[str, int]:
 
 
 CONFIGS = {  # for v in float16 and float32, and in bfloat16
-    "carry": (_tiles(32, 32, 4, 2), _tiles(64, 64, 4, 2)),
-    "scores": (_tiles(16, 0, 4), _tiles(64, 0, 8)),
-    "outputs": (_tiles(32, 64, 4), _tiles(64, 128, 8)),
+    "carry": (_tiles(32, 32, 8, 2), _tiles(64, 64, 8, 2)),
+    "scores": (_tiles(16, 0, 4), _tiles(32, 0, 8)),
+    "outputs": (_tiles(32, 64, 4), _tiles(32, 128, 8)),
     "inner": (_tiles(32, 0, 4), _tiles(16, 0, 8)),
-    "borders": (_tiles(16, 32, 4), _tiles(64, 64, 8)),
+    "borders": (_tiles(16, 32, 4), _tiles(32, 64, 4)),
     "_step": (_tiles(64, 32, 4), _tiles(64, 32, 4)),
 }
-LISTED: tuple[tuple[triton.JITFunction, dict[str, Any]], ...] = (  # what takes most
+LISTED: tuple[tuple[triton.JITFunction, dict[str, Any]], ...] = (  # a decay of each kind
     (carry, {"BACK": False, "ENDS": False, "VECTOR": True}),
-    (carry, {"BACK": True, "ENDS": True, "VECTOR": True}),
+    (carry, {"BACK": True, "ENDS": True, "VECTOR": False}),
     (scores, {"DECAY": "vector", "BACK": False}),
     (scores, {"DECAY": "scalar", "BACK": True}),
     (outputs, {"BACK": True, "VECTOR": True}),
+    (outputs, {"BACK": False, "VECTOR": False}),
     (inner, {"BACK": True}),
-    (borders, {"BACK": False, "VECTOR": True}),
-    (borders, {"BACK": True, "VECTOR": False}),
+    (borders, {"BACK": True, "VECTOR": True}),
+    (borders, {"BACK": False, "VECTOR": False}),
     (_step, {"BEFORE": False, "VECTOR": True}),
 )
 
 
 def _variants() -> tuple[Variant, ...]:
     of_dtype = ("q", "k", "v", "x", "y", "z", "w", "do", "dq", "dk", "dv", "dy", "out")
-    of_tiles = ("scores", "weights", "dscores")
     made = []
     for dtype, word in ((torch.bfloat16, "*bf16"), (torch.float32, "*fp32")):
         for kernel, options in LISTED:
             for width in (128, 64) if kernel is outputs and word == "*bf16" else (128,):
                 names = kernel.arg_names
                 types = dict.fromkeys((n for n in names if n.islower()), "*fp32")
-                types |= {n: word for n in names if n in of_dtype or n in of_tiles}
+                types |= {n: word for n in names if n in of_dtype}
                 types |= {n: "i32" for n in ("LENGTH", "T", "ROWS", *Sizes._fields) if n in names}
                 config = options | _config(kernel, Sizes(1, 1, 1, 1, width, width, True, dtype))
                 if "PRECISION" in names:

@@ -5,10 +5,12 @@ import triton.language as tl
 
 from seqzoo.kernels.decay.tiles import (
     climb,
-    dot,
     gates,
     is_right,
+    product,
     rows,
+    running,
+    square,
     sum_before,
     sum_behind,
     sums,
@@ -43,8 +45,8 @@ def carry(
     row = tl.program_id(0) % ROWS
     part = tl.program_id(0) // ROWS
     b, h = row // H, row % H
-    i = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
-    j = tl.program_id(2) * BLOCK_V + tl.arange(0, BLOCK_V)
+    i = tl.cast(tl.program_id(1), tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
+    j = tl.cast(tl.program_id(2), tl.int64) * BLOCK_V + tl.arange(0, BLOCK_V)
     size = tl.cast(ROWS, tl.int64) * K * V
     at = (tl.cast(row, tl.int64) * K + i)[:, None] * V + j[None, :]
     inside = (i < K)[:, None] & (j < V)[None, :]
@@ -69,8 +71,8 @@ def carry(
         if not BACK:  # the first token's
             at_first = ((tl.cast(b, tl.int64) * T + first) * H + h) * D + c
             total += tl.load(g + at_first, mask=c < D, other=0.0).to(tl.float32)
-        decayed = x_t * tl.exp(tl.cumsum(g_t, 0))
-        state = tl.exp(total)[:, None] * state + dot(tl.trans(decayed), z_t, PRECISION)
+        decayed = x_t * tl.exp(running(g_t, BLOCK_T))
+        state = tl.exp(total)[:, None] * state + product(tl.trans(decayed), z_t, PRECISION)
         elapsed += total
     if ENDS:
         tl.store(end + part * size + at, state, mask=inside)
@@ -122,12 +124,12 @@ def scores(
             until = tl.zeros_like(since)
             for level in range(LEVELS):
                 factor = tl.exp(tl.where(is_right(level, BLOCK_T), since, until))
-                through = dot(x_t * factor, tl.trans(y_t * factor), PRECISION)
+                through = product(x_t * factor, tl.trans(y_t * factor), PRECISION)
                 made += tl.where(apart >> level == 1, through, 0.0)
                 since, until = climb(since, until, level, BLOCK_T)
         else:
-            made += dot(x_t, tl.trans(y_t), PRECISION)
-    at = (n * ROWS + row) * BLOCK_T * BLOCK_T + r[:, None] * BLOCK_T + r[None, :]
+            made += product(x_t, tl.trans(y_t), PRECISION)
+    at = (n * ROWS + row) * BLOCK_T * BLOCK_T + square(False, BLOCK_T)
     if DECAY == "vector":
         made = tl.where(apart == 0, diagonal[:, None], made)
     else:
@@ -135,7 +137,7 @@ def scores(
     if DECAY == "scalar":
         g_t = rows(g, b, t, h, tl.arange(0, 1), T, T, H, 1)
         if BACK:
-            through = made * tl.load(weights + at).to(tl.float32)
+            through = made * tl.load(weights + at)
             over = sums(r[:, None] <= r[None, :], through, PRECISION)
             at_g = (tl.cast(b, tl.int64) * T + t) * H + h
             tl.store(dg + at_g, tl.sum(tl.where(apart > 0, over, 0.0), 1), mask=t < T)
@@ -168,17 +170,16 @@ def outputs(
     row = tl.program_id(0) % ROWS
     n = tl.cast(tl.program_id(0) // ROWS, tl.int64)
     b, h = row // H, row % H
-    j = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
+    j = tl.cast(tl.program_id(1), tl.int64) * BLOCK_V + tl.arange(0, BLOCK_V)
     r = tl.arange(0, BLOCK_T)
     mine = BLOCK_T - 1 - r if BACK else r
     t = n * BLOCK_T + mine
     at = (n * ROWS + row) * BLOCK_T * BLOCK_T
-    if BACK:
-        at += mine[:, None] + r[None, :] * BLOCK_T
-    else:
-        at += mine[:, None] * BLOCK_T + r[None, :]
+    own = tl.cast(mine, tl.int64)[:, None]
+    read = tl.cast(r, tl.int64)[None, :]
+    at += own + read * BLOCK_T if BACK else own * BLOCK_T + read
     z_t = rows(z, b, n * BLOCK_T + r, h, j, T, T, H, V)
-    made = dot(tl.load(scores + at), z_t, PRECISION)
+    made = product(tl.load(scores + at), z_t, PRECISION)
     c, D = (tl.arange(0, BLOCK_K), K) if VECTOR else (tl.arange(0, 1), 1)
     for first in range(0, K, BLOCK_K):
         i = first + tl.arange(0, BLOCK_K)
@@ -186,7 +187,7 @@ def outputs(
         g_t = gates(g, b, t, h, c + (first if VECTOR else 0), n * BLOCK_T, T, H, D, BACK, BLOCK_T)
         at_state = ((n * ROWS + row) * K + i)[:, None] * V + j[None, :]
         state = tl.load(states + at_state, mask=(i < K)[:, None] & (j < V)[None, :], other=0.0)
-        made += dot(x_t * tl.exp(tl.cumsum(g_t, 0)), state, PRECISION)
+        made += product(x_t * tl.exp(running(g_t, BLOCK_T)), state, PRECISION)
     at = ((tl.cast(b, tl.int64) * T + t) * H + h)[:, None] * V + j[None, :]
     tl.store(out + at, made, mask=(t < T)[:, None] & (j < V)[None, :])
 
@@ -212,21 +213,21 @@ def inner(
 ):
     """What scores under decays by channel give to dy of q, or with BACK of k, and to dg."""
     B = ROWS // H
-    hk = tl.program_id(0) % HK
-    b = tl.program_id(0) // HK % B
+    hk = tl.cast(tl.program_id(0) % HK, tl.int64)
+    b = tl.cast(tl.program_id(0) // HK % B, tl.int64)
     n = tl.cast(tl.program_id(0) // HK // B, tl.int64)
-    i = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    i = tl.cast(tl.program_id(1), tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
     r = tl.arange(0, BLOCK_T)
     t = n * BLOCK_T + r
     y_t = rows(y, b, t, hk, i, T, T, HK, K)
     w_t = rows(w, b, t, hk, i, T, T, HK, K)
-    at = r[:, None] + r[None, :] * BLOCK_T if BACK else r[:, None] * BLOCK_T + r[None, :]
+    at = square(BACK, BLOCK_T)
     there = (t < T)[:, None] & (i < K)[None, :]
     dy_t = tl.zeros((BLOCK_T, BLOCK_K), tl.float32)
     for head in range(H // HK):
         h = hk * (H // HK) + head
         mine = dscores + (n * ROWS + b * H + h) * BLOCK_T * BLOCK_T
-        dy_t += tl.load(mine + r * (BLOCK_T + 1)).to(tl.float32)[:, None] * w_t
+        dy_t += tl.load(mine + tl.cast(r, tl.int64) * (BLOCK_T + 1))[:, None] * w_t
         since = rows(g, b, t, h, i, T, T, H, K)
         until, dg_t = tl.zeros_like(since), tl.zeros_like(since)
         for level in range(LEVELS):
@@ -234,7 +235,7 @@ def inner(
             # Of the left half of a block there are no scores with the right.
             apart = (r[:, None] ^ r[None, :]) >> level
             d = tl.where(apart == 1, tl.load(mine + at), 0.0)
-            into = dot(d, w_t * factor, PRECISION) * factor
+            into = product(d, w_t * factor, PRECISION) * factor
             dy_t += into
             ahead = r[:, None] - r[None, :] - 1 if BACK else r[None, :] - r[:, None]
             # Below zero where not ahead. One comparison: AMD's mask registers are few.
@@ -278,10 +279,10 @@ def borders(
     x is do, or v; w is k, or q; states are S, or dS, and `others` the other of them.
     """
     B = ROWS // H
-    hk = tl.program_id(0) % HK
-    b = tl.program_id(0) // HK % B
+    hk = tl.cast(tl.program_id(0) % HK, tl.int64)
+    b = tl.cast(tl.program_id(0) // HK % B, tl.int64)
     n = tl.cast(tl.program_id(0) // HK // B, tl.int64)
-    i = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    i = tl.cast(tl.program_id(1), tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
     r = tl.arange(0, BLOCK_T)
     t = n * BLOCK_T + r
     c, D = (i, K) if VECTOR else (tl.arange(0, 1), 1)
@@ -296,13 +297,9 @@ def borders(
         h = hk * (H // HK) + head
         row = n * ROWS + b * H + h
         if not VECTOR:
-            at = row * BLOCK_T * BLOCK_T
-            if BACK:
-                at += r[:, None] + r[None, :] * BLOCK_T
-            else:
-                at += r[:, None] * BLOCK_T + r[None, :]
+            at = row * BLOCK_T * BLOCK_T + square(BACK, BLOCK_T)
             w_t = rows(w, b, t, hk, i, T, T, HK, K)
-            made += dot(tl.load(dscores + at), w_t, PRECISION)
+            made += product(tl.load(dscores + at), w_t, PRECISION)
         border = tl.zeros((BLOCK_T, BLOCK_K), tl.float32)
         through = tl.zeros((BLOCK_K,), tl.float32)
         for first in range(0, V, BLOCK_V):
@@ -310,7 +307,8 @@ def borders(
             at_state = (row * K + i)[:, None] * V + j[None, :]
             inside = (i < K)[:, None] & (j < V)[None, :]
             state = tl.load(states + at_state, mask=inside, other=0.0)
-            border += dot(rows(x, b, t, h, j, T, T, H, V), tl.trans(state), PRECISION)
+            x_t = rows(x, b, t, h, j, T, T, H, V)
+            border += product(x_t, tl.trans(state), PRECISION, EXACT=True)
             if not BACK:
                 other = tl.load(others + at_state, mask=inside, other=0.0)
                 through += tl.sum(state * other, 1)
@@ -325,7 +323,7 @@ def borders(
             dg_t, through = tl.sum(dg_t, 1)[:, None], tl.sum(through, 1)[:, None]
         dg_t = sum_before(dg_t, BLOCK_T, False) if BACK else sum_behind(dg_t, BLOCK_T, True)
         dg_t += through * tl.exp(tl.sum(g_t, 0))[None, :]
-        part = b if VECTOR else tl.program_id(1) * B + b
+        part = b if VECTOR else tl.cast(tl.program_id(1), tl.int64) * B + b
         at_g = ((tl.cast(part, tl.int64) * T + t) * H + h)[:, None] * D + c[None, :]
         present = (t < T)[:, None] & (c < D)[None, :]
         if VECTOR or BACK:

@@ -5,10 +5,16 @@ import triton.language as tl
 
 
 @triton.jit
-def dot(x, y, PRECISION: tl.constexpr):
-    """X y in float32; its factors are rounded as `PRECISIONS` in `fused.py` says."""
+def product(x, y, PRECISION: tl.constexpr, EXACT: tl.constexpr = False):
+    """X y in float32, with factors in parts as `fused.py` says; EXACT: one part is all of x."""
     if PRECISION == "bf16":
-        return tl.dot(x.to(tl.bfloat16), y.to(tl.bfloat16), input_precision="ieee")
+        y = y.to(tl.bfloat16)
+        part = x.to(tl.bfloat16)
+        made = tl.dot(part, y, input_precision="ieee")
+        if not EXACT:
+            rest = (x - part.to(tl.float32)).to(tl.bfloat16)
+            made = tl.dot(rest, y, made, input_precision="ieee")
+        return made
     else:
         return tl.dot(x, y, input_precision=PRECISION)
 
@@ -39,6 +45,16 @@ def rows(x, b, t, h, c, LIMIT, T, H, D):
 
 
 @triton.jit
+def square(BACK: tl.constexpr, BLOCK_T: tl.constexpr):
+    """Where a chunk's scores lie, from its first; with BACK transposed."""
+    r = tl.cast(tl.arange(0, BLOCK_T), tl.int64)
+    if BACK:
+        return r[:, None] + r[None, :] * BLOCK_T
+    else:
+        return r[:, None] * BLOCK_T + r[None, :]
+
+
+@triton.jit
 def gates(g, b, t, h, c, first, T, H, D, UNTIL: tl.constexpr, BLOCK_T: tl.constexpr):
     """Log decays whose running sum is what a token keeps: from the chunk's begin, or to its end."""
     end = tl.minimum(first + BLOCK_T, T)
@@ -62,9 +78,18 @@ def climb(since, until, level, BLOCK_T: tl.constexpr):
 
 
 @triton.jit
+def running(x, BLOCK_T: tl.constexpr):
+    """Row s: the sum of the rows up to s. A single column as a vector: 3.6 fails to compile it."""
+    if x.shape[1] == 1:
+        return tl.cumsum(tl.reshape(x, (BLOCK_T,)), 0)[:, None]
+    else:
+        return tl.cumsum(x, 0)
+
+
+@triton.jit
 def sum_before(x, BLOCK_T: tl.constexpr, OWN: tl.constexpr):
     """Row s: the sum of the rows of x before it, with OWN its own too."""
-    summed = tl.cumsum(x, 0)
+    summed = running(x, BLOCK_T)
     if OWN:
         return summed
     else:
@@ -78,7 +103,7 @@ def sum_behind(x, BLOCK_T: tl.constexpr, OWN: tl.constexpr):
     """Row s: the sum of the rows of x behind it, with OWN its own too; (BLOCK_T, ...)."""
     r = tl.arange(0, BLOCK_T)
     turned = tl.broadcast_to((BLOCK_T - 1 - r)[:, None], x.shape)
-    summed = tl.cumsum(tl.gather(x, turned, 0), 0)
+    summed = running(tl.gather(x, turned, 0), BLOCK_T)
     if OWN:
         return tl.gather(summed, turned, 0)
     else:

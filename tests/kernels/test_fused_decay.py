@@ -12,6 +12,7 @@ from tests.kernels.static_gate import KERNELS, lint
 from tests.kernels.test_decay import compare, everything, flags, inputs, leaves, truth
 
 pytest.importorskip("triton")
+tl = import_module("triton.language")
 
 
 def assert_right(
@@ -133,7 +134,7 @@ def test_layout_in_memory_changes_nothing(fused_device: str) -> None:
 
 
 def test_the_operators_keep_their_promises_to_torch(fused_device: str) -> None:
-    given = leaves(inputs(1, 3, 1, 2, 4, 3, kind="vector"), torch.float16)
+    given = leaves(inputs(1, 2, 1, 1, 4, 3, kind="vector"), torch.float16)
     order = ("q", "k", "v", "log_decay", "initial_state")
     tensors = [given[n].detach().to(fused_device).requires_grad_() for n in order]
     torch.library.opcheck(torch.ops.seqzoo.decay.default, (*tensors, "fused"))
@@ -145,6 +146,49 @@ def test_the_operators_keep_their_promises_to_torch(fused_device: str) -> None:
 @pytest.mark.parametrize("name", ["programs.py", "tiles.py"])
 def test_what_the_kernels_are_made_of_is_held_to_the_rules_of_fused_py(name: str) -> None:
     assert lint((KERNELS / "decay" / name).read_text()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not interpreting(), reason="a GPU rounds by itself")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", ["scalar", "vector"])
+def test_factors_in_bfloat16_parts_hold_the_budget(
+    kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The interpreter cannot round to bfloat16: here the parts are float32 numbers with 16 bits.
+    fused = import_module("seqzoo.kernels.decay.fused")
+    programs = import_module("seqzoo.kernels.decay.programs")
+    half = dtype == torch.bfloat16
+    count = {torch.float32: 3, torch.float16: 2, torch.bfloat16: 1}[dtype]
+    monkeypatch.setitem(fused.CHUNKS, torch.float32, fused.CHUNKS[dtype])
+
+    def product(x: tl.tensor, y: tl.tensor, _: str, EXACT: bool = False) -> tl.tensor:
+        left = parts(x, 2 if half and not EXACT else count)
+        pairs = [(i, j) for i in range(len(left)) for j in range(count) if half or i + j < count]
+        right = parts(y, count)
+        return sum(tl.dot(left[i], right[j], input_precision="ieee") for i, j in pairs)
+
+    def sums(counted: tl.tensor, x: tl.tensor, _: str) -> tl.tensor:
+        ones = tl.where(counted, 1.0, 0.0)
+        return sum(tl.dot(ones, y, input_precision="ieee") for y in parts(x, max(count, 2)))
+
+    monkeypatch.setattr(programs, "product", product)
+    monkeypatch.setattr(programs, "sums", sums)
+    given = leaves(inputs(1, 150, 2, 2, 24, 20, kind=kind), dtype)
+    if half:  # the same numbers
+        given = {n: x.detach().float().requires_grad_() for n, x in given.items()}
+    compare(everything(given, backend="fused"), truth(given), dtype)
+
+
+def parts(x: tl.tensor, count: int) -> list[tl.tensor]:
+    """Bfloat16 numbers, as float32, that add up to nearly x."""
+    made, x = [], x.to(tl.float32)
+    for _ in range(count):
+        bits = x.to(tl.uint32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+        made.append(bits.to(tl.float32, bitcast=True))
+        x = x - made[-1]
+    return made
 
 
 def test_a_float64_decay_is_refused_and_not_narrowed(fused_device: str) -> None:
