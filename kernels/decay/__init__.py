@@ -17,14 +17,11 @@ from seqzoo.kernels.dispatch import Backend, accumulator, choose, declare, full_
 from seqzoo.kernels.errors import check_shape, not_divisible, unknown
 from seqzoo.kernels.operator import operator
 
+SINGLE = (torch.float32, torch.float16, torch.bfloat16)
 declare(
     "decay",
-    Backend(
-        "native",
-        ("cpu",),
-        (torch.float32, torch.float64, torch.float16, torch.bfloat16),
-        needs=("compiler",),
-    ),
+    Backend("native", ("cpu",), (*SINGLE, torch.float64), needs=("compiler",)),
+    Backend("fused", ("cuda",), SINGLE, needs=("triton",)),
     Backend("chunked"),
     Backend("reference"),
 )
@@ -62,7 +59,8 @@ def decay(
         initial_state: S before the first token, (B, H, K, V); zero when None.
         reset: (B, T) bool; True empties the state before the token.
         mask: (B, T) bool; False leaves the state untouched, and o there means nothing.
-        backend: `native`, `chunked` or `reference`; chosen by device and dtype when None.
+        backend: `native` (CPU), `fused` (CUDA), `chunked` or `reference`; the first that can serve
+            the call when None.
 
     Returns:
         o: (B, T, H, V) in the dtype of `v`.
@@ -86,7 +84,7 @@ def decay(
         initial_state = torch.zeros(shape, device=v.device, dtype=wide)
     check_shape("initial_state", initial_state.shape, shape, "(B, H, K, V)")
     state = initial_state.to(wide)
-    chosen = choose("decay", v, backend)
+    chosen = choose("decay", v if wide == torch.float32 else state, backend)
     before = read == "before"
     with full_precision(v):
         q = q if scale == 1 else q.to(wide) * scale
@@ -136,7 +134,9 @@ def _vectorised(
 ) -> tuple[Tensor, Tensor]:
     """Everything said with keys, queries and decays alone, then the chunks."""
     if bonus is not None:  # used twice: gradients are added before they are rounded
-        q, k, v = (x.to(state.dtype) for x in (q, k, v))
+        q, k = q.to(state.dtype), k.to(state.dtype)
+        if backend != "fused":  # whose matrix products are as precise as v is
+            v = v.to(state.dtype)
     T, H, read = v.shape[1], v.shape[2], q
     if g is None:
         g = state.new_zeros(v.shape[:3])
@@ -151,7 +151,9 @@ def _vectorised(
     if v.shape[0] * T == 0:
         return v, state
     if T == 1:
-        o, last = step(read, k, v, g, state, before)
+        inputs = (read, k, v, g, state)
+        trained = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+        o, last = (step if trained or backend != "fused" else _step)(*inputs, before)
     elif before:  # token t reads what token t - 1 reads after its write
         o, _ = step(read[:, :1], k[:, :1], v[:, :1], g[:, :1], state, before)
         late = torch.cat([read[:, 1:], torch.zeros_like(read[:, :1])], dim=1)
@@ -177,9 +179,11 @@ def _chunks(
 def _(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, initial_state: Tensor, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    chunks = _module(backend).chunk_count(v.shape[1])
+    fused, count = backend == "fused", _module(backend).chunk_count
+    chunks = count(v.shape[1], v.dtype) if fused else count(v.shape[1])
     states = initial_state.new_empty(1 + chunks, *initial_state.shape)
-    return v.new_empty(v.shape, dtype=states.dtype), states.new_empty(states.shape[1:]), states
+    made = torch.promote_types(q.dtype, v.dtype) if fused else states.dtype
+    return v.new_empty(v.shape, dtype=made), states.new_empty(states.shape[1:]), states
 
 
 @operator("seqzoo::decay_backward")
@@ -232,6 +236,22 @@ def _differentiate(
 
 
 _chunks.register_autograd(_differentiate, setup_context=_save)
+
+
+@operator("seqzoo::decay_step")
+def _step(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, state: Tensor, before: bool
+) -> tuple[Tensor, Tensor]:
+    """One token in one launch, without gradients."""
+    o, new = _module("fused").step(q, k, v, g, state, before)
+    return o, new
+
+
+@_step.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, state: Tensor, before: bool
+) -> tuple[Tensor, Tensor]:
+    return v.new_empty(v.shape, dtype=state.dtype), state.new_empty(state.shape)
 
 
 def _module(backend: str) -> ModuleType:
