@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm  # type: ignore[import-untyped]  # it has no stubs
 
 from seqzoo.kernels.errors import check_positive
+from seqzoo.train.files import write_whole
 
 Arrays = dict[str, NDArray[Any]]
 FORMAT = 1  # of the folder; another number is made anew
@@ -147,7 +148,7 @@ def _make(
             stream = _in_order(pool, make, 2 * processes)
             files |= _write_split(folder, split, count, stream, seen, bar)
     manifest = {**wanted, "numpy": np.__version__, "files": files}
-    _replace(folder / MANIFEST, json.dumps(manifest, indent=1).encode())
+    write_whole(folder / MANIFEST, json.dumps(manifest, indent=1).encode())
     shutil.rmtree(blocks)
 
 
@@ -297,15 +298,6 @@ def _locked(path: Path) -> Iterator[None]:
             sys.stderr.write(f"seqzoo: another process is making {path.parent}; waiting for it\n")
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
-
-
-def _replace(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.partial")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def _digest(path: Path) -> str:
