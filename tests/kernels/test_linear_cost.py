@@ -17,6 +17,7 @@ from seqzoo.kernels.decay import decay
 from seqzoo.kernels.delta import delta
 from seqzoo.kernels.delta.lowrank import delta_lowrank
 from seqzoo.kernels.dispatch import BACKENDS
+from seqzoo.kernels.long_conv import long_conv
 from seqzoo.kernels.maxplus import maxplus
 from seqzoo.kernels.scan import scan
 from seqzoo.kernels.selective_scan import selective_scan
@@ -81,6 +82,11 @@ def run_delta_lowrank(backend: str, T: int) -> tuple[Tensor, list[Tensor]]:
     return o, [q, k, v, a, b, g, start]
 
 
+def run_long_conv(backend: str, T: int) -> tuple[Tensor, list[Tensor]]:
+    u, kernel = leaf(2, T, 32), leaf(32, T)
+    return long_conv(u, kernel, backend=backend), [u, kernel]
+
+
 def run_slstm(backend: str, T: int) -> tuple[Tensor, list[Tensor]]:
     gates, recurrent = leaf(2, T, 4, 2, 8), leaf(4, 2, 8, 8)
     return slstm(gates, recurrent, backend=backend)[0], [gates, recurrent]
@@ -105,6 +111,7 @@ def run_diseased(_: str, T: int) -> tuple[Tensor, list[Tensor]]:
 
 KERNELS = {
     "decay": run_decay,
+    "long_conv": run_long_conv,
     "maxplus": run_maxplus,
     "delta": run_delta,
     "delta_lowrank": run_delta_lowrank,
