@@ -25,7 +25,7 @@ from seqzoo.kernels.errors import check_positive, not_divisible
 from seqzoo.kernels.maxplus import EMPTY, maxplus, stabilised
 from seqzoo.layers.base import Caps, Context, Cost, Mixer, State
 
-SMALLEST = 1e-30  # of a normaliser whose every term has underflown
+SMALLEST = 1e-20  # of a normaliser whose every term has underflown; its inverse must leave room
 
 
 class PerformerState(NamedTuple):

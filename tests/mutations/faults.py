@@ -271,7 +271,7 @@ FAULTS = (
     ),
     Fault(
         "token shift shows the token itself",
-        "layers/rwkv_channel.py",
+        "layers/token_shift.py",
         "torch.eye(2, device=x.device, dtype=x.dtype)[0]",
         "torch.eye(2, device=x.device, dtype=x.dtype)[1]",
         tests=("tests/parity/test_channel.py",),
