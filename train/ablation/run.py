@@ -4,6 +4,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +43,9 @@ def run_grid(
     sweep = [s.cell(lr, seed) for s in studies for lr in grid.lrs for seed in grid.sweep_seeds]
     finals = len(studies) * len(grid.final_seeds)
     bar = Progress(len({c.key() for c in sweep}) + finals, workers, progress)
+    tables = partial(write_tables, grid, studies, store)
     try:
-        _train(sweep, store, backend, workers, bar, lambda: write_tables(grid, studies, store))
+        _train(sweep, store, backend, workers, bar, tables)
         best = best_rates(grid, studies, store.done)
         fresh = [
             s.cell(lr, seed)
@@ -51,9 +53,9 @@ def run_grid(
             if lr is not None
             for seed in grid.final_seeds
         ]
-        _train(fresh, store, backend, workers, bar, lambda: write_tables(grid, studies, store))
+        _train(fresh, store, backend, workers, bar, tables)
     finally:
-        write_tables(grid, studies, store)
+        tables()
         bar.close()
     return folder / "results.csv"
 

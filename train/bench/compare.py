@@ -50,7 +50,6 @@ def compare(
     """Ours and the other in turn, at the same inputs; the floor at so many bytes a second."""
     run = case.operation.run
     tokens = case.tokens if full or not case.short else case.short
-    inputs = _inputs(case, tokens, device)
     sides = {"ours": _step(case, run, tokens, device)}
     absent = ""
     try:
@@ -64,7 +63,7 @@ def compare(
     row = Row(case.name, what, tokens, times["ours"].ms, case.other, note=absent)
     row.runs = tuple(t.runs for t in times.values())
     if speed is not None:
-        row.floor_ms = 1000 * _moved(case, run, inputs) / speed
+        row.floor_ms = 1000 * _moved(case, run, _inputs(case, tokens, device)) / speed
     row.goal = f">= {case.faster:,g} x" if case.faster else f"<= {case.slower:g} x"
     if not absent:
         row.other_ms = times["other"].ms
