@@ -10,6 +10,7 @@ halves. A cache that cannot be written or loaded from is replaced by a folder of
 import atexit
 import ctypes
 import hashlib
+import mmap
 import os
 import platform
 import shutil
@@ -28,6 +29,7 @@ BRIEF = ("-O1", "-fpeel-loops", "-fstrict-aliasing", "-fexpensive-optimizations"
 # Half of a source, so that whoever calls first waits for no more than what runs.
 FORWARD, BACKWARD = (*BRIEF, "-DFORWARD"), (*BRIEF, "-DBACKWARD")
 REALS = {torch.float32: "float", torch.float64: "double"}
+LARGE = 1 << 22  # bytes of a tensor for which pages of 4 KiB are too small
 # Vectors and products of small matrices, in C: kernels that use them put it before their source.
 PRELUDE = Path(__file__).with_name("prelude.c").read_text()
 
@@ -75,10 +77,30 @@ def call(library: ctypes.CDLL, function: str, *arguments: Tensor | int) -> None:
         if isinstance(x, Tensor):
             assert x.device.type == "cpu", "native kernels read plain memory"
             assert x.is_contiguous(), "native kernels know no strides"
+            if x.nbytes >= LARGE:
+                _on_large_pages(x)
             values.append(ctypes.c_void_p(x.data_ptr()))
         else:
             values.append(ctypes.c_longlong(x))
     getattr(library, function)(*values)
+
+
+def _on_large_pages(x: Tensor) -> None:
+    """Ask Linux to back fresh memory by pages of 2 MiB; elsewhere, and if it will not, do nothing.
+
+    The C library hands large blocks back as soon as they are freed, so every call meets fresh
+    memory, and a fault for each 4 KiB of it is a fifth of the time of a fast kernel.
+    """
+    advice = getattr(mmap, "MADV_HUGEPAGE", None)
+    if advice is not None:
+        first = -(-x.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+        size = x.data_ptr() + x.nbytes - first
+        _libc().madvise(ctypes.c_void_p(first), ctypes.c_size_t(size), advice)
+
+
+@cache
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None)
 
 
 def threads(elements: int) -> int:

@@ -25,11 +25,11 @@ WATCH = 1.0  # seconds between two looks at the parent
 class Worker:
     """A process and the pipe to it."""
 
-    def __init__(self) -> None:
+    def __init__(self, alone: bool) -> None:
         # Spawned, not forked: a fork of a process that has run torch's threads can hang.
         context = get_context("spawn")
         self.pipe, other = context.Pipe()
-        self.process: BaseProcess = context.Process(target=serve, args=(other,), daemon=True)
+        self.process: BaseProcess = context.Process(target=serve, args=(other, alone), daemon=True)
         self.process.start()
         other.close()
         self.key = ""  # of the cell it trains
@@ -41,7 +41,7 @@ class Worker:
         return f"process died (signal {-code})" if code < 0 else f"process died (exit {code})"
 
 
-def serve(pipe: "Connection[Any, Any]") -> None:
+def serve(pipe: "Connection[Any, Any]", alone: bool) -> None:
     """A worker's life."""
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
@@ -51,7 +51,7 @@ def serve(pipe: "Connection[Any, Any]") -> None:
             description = pipe.recv()
         except EOFError:
             return
-        pipe.send(attempt(description))
+        pipe.send(attempt(description, alone))
 
 
 def run_local(
@@ -67,7 +67,8 @@ def run_local(
         Keys and records, as they are finished.
     """
     waiting = list(cells)[::-1]
-    crew = [Worker() for _ in range(min(workers, len(cells)))]
+    count = min(workers, len(cells))
+    crew = [Worker(count == 1) for _ in range(count)]
     try:
         for worker in crew:
             _hand(worker, waiting, cells)
@@ -80,7 +81,7 @@ def run_local(
                         record = worker.pipe.recv()
                     except (EOFError, ConnectionResetError):
                         record = failed(worker.death())
-                        worker = crew[i] = Worker() if waiting else worker
+                        worker = crew[i] = Worker(count == 1) if waiting else worker
                     _hand(worker, waiting, cells)
                     yield key, record
     finally:

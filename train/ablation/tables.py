@@ -41,7 +41,8 @@ COLUMNS = (
     "value",
     "note",
 )
-TIMINGS = ("key", "worker", "seconds", "cpu_seconds", "tokens_per_second")
+METERS = ("peak_memory_bytes", "energy_wh")
+TIMINGS = ("key", "worker", "seconds", "cpu_seconds", "tokens_per_second", *METERS)
 Row = dict[str, Any]
 
 
@@ -153,6 +154,7 @@ def _clock(cell: Cell, record: Mapping[str, Any]) -> Row:
         "seconds": f"{result['seconds']:.3f}",
         "cpu_seconds": f"{result['cpu_seconds']:.3f}",
         "tokens_per_second": f"{tokens / result['seconds']:.1f}",
+        **{name: record.get(name) for name in METERS},
     }
 
 

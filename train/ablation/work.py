@@ -6,17 +6,22 @@ from typing import Any
 import torch
 
 from seqzoo.train.cells import train_cell
+from seqzoo.train.meters import metered
 
 MEMORY = ("out of memory", "can't allocate memory", "DefaultCPUAllocator")
 
 
-def attempt(description: dict[str, Any]) -> dict[str, Any]:
-    """The record of a cell: `status` done with its `result`, or failed with a `reason`."""
+def attempt(description: dict[str, Any], alone: bool = False) -> dict[str, Any]:
+    """The record of a cell: `status` done with its `result`, or failed with a `reason`.
+
+    `alone` says that no other cell runs on this machine meanwhile; only then energy is counted.
+    """
     try:
-        result = train_cell(description)
+        with metered(alone=alone) as used:
+            result = train_cell(description)
     except Exception as error:
         return failed(reason_of(error))
-    return {"status": "done", "reason": "", "worker": os.getpid(), "result": result}
+    return {"status": "done", "reason": "", "worker": os.getpid(), "result": result, **used}
 
 
 def failed(reason: str) -> dict[str, Any]:

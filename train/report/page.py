@@ -247,7 +247,9 @@ def _tables(studies: Sequence[Study], table: Sequence[Row]) -> str:
         "of means and count as not solved. Differences are paired by seed; p is Holm's over all "
         "swaps of the task. (edge): the best rate is the smallest or largest tried. State is after "
         "one row, float32. Seconds and tokens a second are of whole cells, measuring included, "
-        "with as many neighbours as the machine had. Wh is empty where no counter was read."
+        "with as many neighbours as the machine had. Peak memory is the whole process's, its "
+        "libraries included. Wh is counted where one cell runs at a time, and empty where no "
+        "counter was read."
     )
     whole = "\n".join(parts)
     return (

@@ -73,6 +73,7 @@ HEADS = {
     "tokens": "tokens",
     "seconds": "seconds",
     "tokens_per_second": "tokens / s",
+    "peak_memory_bytes": "peak memory",
     "energy_wh": "Wh",
 }
 
@@ -111,6 +112,7 @@ def shown(row: Row, name: str) -> dict[str, str]:
         "seconds": _number(row["seconds"], "{:.1f}"),
         "energy_wh": _number(row["energy_wh"], "{:.3g}"),
         "state_bytes": si(row["state_bytes"], "B"),
+        "peak_memory_bytes": _bytes(row["peak_memory_bytes"]),
     }
     for column in HEADS:
         if column not in made:
@@ -216,6 +218,10 @@ def _bounds(name: str) -> tuple[str, str]:
 
 def _number(value: float | None, form: str) -> str:
     return "" if value is None else form.format(value)
+
+
+def _bytes(value: float | None) -> str:
+    return "" if value is None else si(value, "B")
 
 
 def _plain(value: object) -> object:
