@@ -4,10 +4,12 @@ As `torch.library.custom_op` without mutated arguments, whose first call in a pr
 torch's compiler, a second for nothing.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from inspect import signature
 from typing import Any
 
 import torch
+from torch import Tensor
 
 
 class Operator:
@@ -43,6 +45,23 @@ class Operator:
             torch.library.register_autograd(self.name, differentiate, setup_context=setup_context)
 
 
-def operator(name: str) -> Callable[[Callable[..., Any]], Operator]:
-    """Decorate a computation that writes into none of its arguments and returns none of them."""
-    return lambda compute: Operator(name, compute)
+def operator(name: str, *, like: Sequence[str] = ()) -> Callable[[Callable[..., Any]], Operator]:
+    """Decorate a computation that writes into none of its arguments and returns none of them.
+
+    `like` names, for each output, the argument whose shape and dtype it has; without it,
+    `register_fake` says what comes out.
+    """
+
+    def decorate(compute: Callable[..., Any]) -> Operator:
+        made, names = Operator(name, compute), list(signature(compute).parameters)
+        if like:
+            places = [names.index(argument) for argument in like]
+            made.register_fake(lambda *given: _empty([given[i] for i in places]))
+        return made
+
+    return decorate
+
+
+def _empty(outputs: Sequence[Tensor]) -> Tensor | tuple[Tensor, ...]:
+    found = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in outputs)
+    return found if len(found) > 1 else found[0]

@@ -186,7 +186,7 @@ def _(
     return v.new_empty(v.shape, dtype=made), states.new_empty(states.shape[1:]), states
 
 
-@operator("seqzoo::decay_backward")
+@operator("seqzoo::decay_backward", like=("q", "k", "v", "g", "dstate"))
 def _chunks_backward(
     q: Tensor,
     k: Tensor,
@@ -200,21 +200,6 @@ def _chunks_backward(
     with full_precision(v):
         dq, dk, dv, dg, dstart = _module(backend).backward(q, k, v, g, states, do, dstate)
     return dq, dk, dv, dg, dstart
-
-
-@_chunks_backward.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    states: Tensor,
-    do: Tensor,
-    dstate: Tensor,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    dq, dk, dv, dg = (x.new_empty(x.shape) for x in (q, k, v, g))
-    return dq, dk, dv, dg, dstate.new_empty(dstate.shape)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:  # noqa: ANN401

@@ -140,7 +140,7 @@ def _(
     return o, states.new_empty(states.shape[1:]), states
 
 
-@operator("seqzoo::delta_backward")
+@operator("seqzoo::delta_backward", like=("q", "k", "v", "beta", "g", "dstate"))
 def _chunks_backward(
     q: Tensor,
     k: Tensor,
@@ -157,22 +157,6 @@ def _chunks_backward(
             q, k, v, beta, g, states, do, dstate
         )
     return dq, dk, dv, dbeta, dg, dstart
-
-
-@_chunks_backward.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor,
-    g: Tensor,
-    states: Tensor,
-    do: Tensor,
-    dstate: Tensor,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    dq, dk, dv, dbeta, dg = (x.new_empty(x.shape) for x in (q, k, v, beta, g))
-    return dq, dk, dv, dbeta, dg, dstate.new_empty(dstate.shape)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:  # noqa: ANN401
@@ -196,7 +180,7 @@ def _differentiate(
 _chunks.register_autograd(_differentiate, setup_context=_save)
 
 
-@operator("seqzoo::delta_step")
+@operator("seqzoo::delta_step", like=("v", "initial_state"))
 def _step(
     q: Tensor,
     k: Tensor,
@@ -209,19 +193,6 @@ def _step(
     """One token, without the states that a chunk would keep."""
     o, state = _module(backend).step(q, k, v, beta, g, initial_state)
     return o, state
-
-
-@_step.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor,
-    g: Tensor,
-    initial_state: Tensor,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    return v.new_empty(v.shape), initial_state.new_empty(initial_state.shape)
 
 
 def _save_step(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:  # noqa: ANN401

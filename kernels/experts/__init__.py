@@ -127,16 +127,11 @@ def _(x: Tensor, weight: Tensor, sizes: Tensor) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[2])
 
 
-@operator("seqzoo::grouped_matmul_backward")
+@operator("seqzoo::grouped_matmul_backward", like=("x", "weight"))
 def _grouped_matmul_backward(
     x: Tensor, weight: Tensor, sizes: Tensor, dy: Tensor
 ) -> tuple[Tensor, Tensor]:
     return backward(x, weight, sizes, dy)
-
-
-@_grouped_matmul_backward.register_fake
-def _(x: Tensor, weight: Tensor, sizes: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), weight.new_empty(weight.shape)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ANN401

@@ -81,30 +81,17 @@ def long_conv(
     return y.to(given)
 
 
-@operator("seqzoo::long_conv")
+@operator("seqzoo::long_conv", like=("u",))
 def _long_conv(u: Tensor, kernel: Tensor, runs: Tensor | None, backend: str) -> Tensor:
     y: Tensor = _module(backend).forward(u, kernel, runs)
     return y
 
 
-@_long_conv.register_fake
-def _(u: Tensor, kernel: Tensor, runs: Tensor | None, backend: str) -> Tensor:
-    return torch.empty_like(u, memory_format=torch.contiguous_format)
-
-
-@operator("seqzoo::long_conv_backward")
+@operator("seqzoo::long_conv_backward", like=("u", "kernel"))
 def _long_conv_backward(
     u: Tensor, kernel: Tensor, runs: Tensor | None, dy: Tensor, backend: str
 ) -> tuple[Tensor, Tensor]:
     du, dkernel = _module(backend).backward(u, kernel, runs, dy)
-    return du, dkernel
-
-
-@_long_conv_backward.register_fake
-def _(
-    u: Tensor, kernel: Tensor, runs: Tensor | None, dy: Tensor, backend: str
-) -> tuple[Tensor, Tensor]:
-    du, dkernel = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (u, kernel))
     return du, dkernel
 
 

@@ -125,30 +125,17 @@ def stabilised(
     return Stabilised(decay, (log_write - m).clamp(max=0), m, state)
 
 
-@operator("seqzoo::maxplus")
+@operator("seqzoo::maxplus", like=("b",))
 def _maxplus(a: Tensor, b: Tensor, initial_state: Tensor) -> Tensor:
     return chunked_forward(a, b, initial_state)
 
 
-@_maxplus.register_fake
-def _(a: Tensor, b: Tensor, initial_state: Tensor) -> Tensor:
-    return b.new_empty(b.shape)
-
-
-@operator("seqzoo::maxplus_backward")
+@operator("seqzoo::maxplus_backward", like=("b", "b", "initial_state"))
 def _maxplus_backward(
     a: Tensor, b: Tensor, m: Tensor, initial_state: Tensor, dm: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     with full_precision(b):
         return chunked_backward(a, b, m, initial_state, dm)
-
-
-@_maxplus_backward.register_fake
-def _(
-    a: Tensor, b: Tensor, m: Tensor, initial_state: Tensor, dm: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    da, db = b.new_empty(b.shape), b.new_empty(b.shape)
-    return da, db, initial_state.new_empty(initial_state.shape)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ANN401

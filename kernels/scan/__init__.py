@@ -96,7 +96,7 @@ def _broadcast(a: Tensor, b: Tensor) -> Tensor:
         raise ValueError(shapes) from error
 
 
-@operator("seqzoo::scan")
+@operator("seqzoo::scan", like=("b", "initial_state"))
 def _scan(
     a: Tensor, b: Tensor, initial_state: Tensor, reverse: bool, backend: str
 ) -> tuple[Tensor, Tensor]:
@@ -104,16 +104,7 @@ def _scan(
     return h, state
 
 
-@_scan.register_fake
-def _(
-    a: Tensor, b: Tensor, initial_state: Tensor, reverse: bool, backend: str
-) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(b, memory_format=torch.contiguous_format), torch.empty_like(
-        initial_state, memory_format=torch.contiguous_format
-    )
-
-
-@operator("seqzoo::scan_backward")
+@operator("seqzoo::scan_backward", like=("a", "h", "initial_state"))
 def _scan_backward(
     a: Tensor,
     h: Tensor,
@@ -124,22 +115,6 @@ def _scan_backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     da, db, dstart = _module(backend).backward(a, h, initial_state, dh, dstate, reverse)
-    return da, db, dstart
-
-
-@_scan_backward.register_fake
-def _(
-    a: Tensor,
-    h: Tensor,
-    initial_state: Tensor,
-    dh: Tensor,
-    dstate: Tensor,
-    reverse: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    da, db, dstart = (
-        torch.empty_like(x, memory_format=torch.contiguous_format) for x in (a, h, initial_state)
-    )
     return da, db, dstart
 
 

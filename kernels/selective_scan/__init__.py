@@ -182,10 +182,14 @@ def _(
     step = _module(backend).BLOCK
     blocks = (u.shape[1] + step - 1) // step if keep else 0
     y = initial_state.new_empty(u.shape)
-    return y, _like(initial_state), initial_state.new_empty(blocks, *initial_state.shape)
+    return (
+        y,
+        initial_state.new_empty(initial_state.shape),
+        initial_state.new_empty(blocks, *initial_state.shape),
+    )
 
 
-@operator("seqzoo::selective_scan_backward")
+@operator("seqzoo::selective_scan_backward", like=("u", "dt", "A", "B", "C", "dstate"))
 def _selective_scan_backward(
     u: Tensor,
     dt: Tensor,
@@ -202,22 +206,6 @@ def _selective_scan_backward(
         u, dt, A, B, C, reset, borders, dy, dstate
     )
     return du, ddt, dA, dB, dC, dstart
-
-
-@_selective_scan_backward.register_fake
-def _(
-    u: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    reset: Tensor | None,
-    borders: Tensor,
-    dy: Tensor,
-    dstate: Tensor,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return _like(u), _like(dt), _like(A), _like(B), _like(C), _like(dstate)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:  # noqa: ANN401
@@ -239,10 +227,6 @@ def _differentiate(
 
 
 _selective_scan.register_autograd(_differentiate, setup_context=_save)
-
-
-def _like(x: Tensor) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def _module(backend: str) -> ModuleType:

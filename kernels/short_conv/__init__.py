@@ -143,7 +143,7 @@ def _check(
             check_shape(name, flags.shape, (B, T), "(B, T)")
 
 
-@operator("seqzoo::short_conv")
+@operator("seqzoo::short_conv", like=("x", "tail"))
 def _short_conv(
     x: Tensor,
     weight: Tensor,
@@ -158,21 +158,7 @@ def _short_conv(
     return y, last
 
 
-@_short_conv.register_fake
-def _(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    tail: Tensor,
-    reset: Tensor | None,
-    mask: Tensor | None,
-    silu: bool,
-    backend: str = "native",
-) -> tuple[Tensor, Tensor]:
-    return _like(x), _like(tail)
-
-
-@operator("seqzoo::short_conv_backward")
+@operator("seqzoo::short_conv_backward", like=("x", "weight", "bias", "tail"))
 def _short_conv_backward(
     x: Tensor,
     weight: Tensor,
@@ -191,22 +177,6 @@ def _short_conv_backward(
     return dx, dweight, dbias, dstart
 
 
-@_short_conv_backward.register_fake
-def _(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    tail: Tensor,
-    reset: Tensor | None,
-    mask: Tensor | None,
-    dy: Tensor,
-    dtail: Tensor,
-    silu: bool,
-    backend: str = "native",
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _like(x), _like(weight), _like(bias), _like(tail)
-
-
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:  # noqa: ANN401
     *given, ctx.silu, ctx.backend = inputs
     ctx.save_for_backward(*given)
@@ -218,10 +188,6 @@ def _differentiate(ctx: Any, dy: Tensor, dtail: Tensor) -> tuple[Tensor | None, 
 
 
 _short_conv.register_autograd(_differentiate, setup_context=_save)
-
-
-def _like(x: Tensor) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def _module(backend: str) -> ModuleType:

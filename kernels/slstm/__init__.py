@@ -99,10 +99,14 @@ def _(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     B, T, _, H, K = gates.shape
-    return gates.new_empty(B, T, H, K), _like(initial_state), gates.new_empty(T, 4, H, B, K)
+    return (
+        gates.new_empty(B, T, H, K),
+        initial_state.new_empty(initial_state.shape),
+        gates.new_empty(T, 4, H, B, K),
+    )
 
 
-@operator("seqzoo::slstm_backward")
+@operator("seqzoo::slstm_backward", like=("gates", "recurrent", "initial_state"))
 def _slstm_backward(
     gates: Tensor,
     recurrent: Tensor,
@@ -118,21 +122,6 @@ def _slstm_backward(
         gates, recurrent, initial_state, reset, mask, states, dh, dstate
     )
     return dgates, drecurrent, dstart
-
-
-@_slstm_backward.register_fake
-def _(
-    gates: Tensor,
-    recurrent: Tensor,
-    initial_state: Tensor,
-    reset: Tensor | None,
-    mask: Tensor | None,
-    states: Tensor,
-    dh: Tensor,
-    dstate: Tensor,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _like(gates), _like(recurrent), _like(initial_state)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:  # noqa: ANN401
@@ -154,10 +143,6 @@ def _differentiate(
 
 
 _slstm.register_autograd(_differentiate, setup_context=_save)
-
-
-def _like(x: Tensor) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def _module(backend: str) -> ModuleType:

@@ -166,7 +166,7 @@ def _model(
     return W, norm_weight[:, None].to(wide), norm_bias[:, None].to(wide)
 
 
-@operator("seqzoo::ttt")
+@operator("seqzoo::ttt", like=("v", "state"))
 def _batches(
     q: Tensor,
     k: Tensor,
@@ -187,27 +187,9 @@ def _batches(
     return chunked_forward(q, k, v, rate, share, W, weight, bias, state, layout, eps)
 
 
-@_batches.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    rate: Tensor,
-    share: Tensor,
-    W: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    state: Tensor,
-    slot: Tensor,
-    reset: Tensor | None,
-    mask: Tensor | None,
-    size: int,
-    eps: float,
-) -> tuple[Tensor, Tensor]:
-    return v.new_empty(v.shape), state.new_empty(state.shape)
-
-
-@operator("seqzoo::ttt_backward")
+@operator(
+    "seqzoo::ttt_backward", like=("q", "k", "v", "rate", "share", "W", "weight", "bias", "state")
+)
 def _batches_backward(
     q: Tensor,
     k: Tensor,
@@ -232,30 +214,6 @@ def _batches_backward(
         dq, dk, dv, drate, dshare, dW, dweight, dbias, dstart = chunked_backward(
             *given, layout, eps, do, dstate
         )
-    return dq, dk, dv, drate, dshare, dW, dweight, dbias, dstart
-
-
-@_batches_backward.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    rate: Tensor,
-    share: Tensor,
-    W: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    state: Tensor,
-    slot: Tensor,
-    reset: Tensor | None,
-    mask: Tensor | None,
-    size: int,
-    eps: float,
-    do: Tensor,
-    dstate: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    given = (q, k, v, rate, share, W, weight, bias, state)
-    dq, dk, dv, drate, dshare, dW, dweight, dbias, dstart = (x.new_empty(x.shape) for x in given)
     return dq, dk, dv, drate, dshare, dW, dweight, dbias, dstart
 
 

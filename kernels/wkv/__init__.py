@@ -125,10 +125,14 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor]:
     step = _module(backend).BLOCK
     blocks = (k.shape[1] + step - 1) // step
-    return _like(k), _like(initial_state), initial_state.new_empty(blocks, *initial_state.shape)
+    return (
+        k.new_empty(k.shape),
+        initial_state.new_empty(initial_state.shape),
+        initial_state.new_empty(blocks, *initial_state.shape),
+    )
 
 
-@operator("seqzoo::wkv_backward")
+@operator("seqzoo::wkv_backward", like=("k", "v", "w", "u", "dstate"))
 def _wkv_backward(
     k: Tensor,
     v: Tensor,
@@ -143,22 +147,6 @@ def _wkv_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     dk, dv, dw, du, dstart = _module(backend).backward(k, v, w, u, reset, mask, borders, dy, dstate)
     return dk, dv, dw, du, dstart
-
-
-@_wkv_backward.register_fake
-def _(
-    k: Tensor,
-    v: Tensor,
-    w: Tensor,
-    u: Tensor,
-    reset: Tensor | None,
-    mask: Tensor | None,
-    borders: Tensor,
-    dy: Tensor,
-    dstate: Tensor,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return _like(k), _like(v), _like(w), _like(u), _like(dstate)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:  # noqa: ANN401
@@ -188,10 +176,6 @@ def _add_to_p(gradient: Tensor, state: Tensor, sign: int) -> Tensor:
 
 
 _wkv.register_autograd(_differentiate, setup_context=_save)
-
-
-def _like(x: Tensor) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def _module(backend: str) -> ModuleType:
