@@ -170,8 +170,11 @@ def train_cell(description: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def build_network(spec: DecoderSpec, task: Task) -> ZooPreTrainedModel:
-    """A model that answers a task: logits (B, T, V) at every position."""
-    config = ZooConfig(decoder=spec.to_dict(), vocab_size=task.vocab_size, use_cache=False)
+    """A model that answers a task: logits (B, T, V) at every position, or (B, classes) of a row."""
+    classes: dict[str, Any] = {"num_labels": task.n_classes} if task.n_classes else {}
+    config = ZooConfig(
+        decoder=spec.to_dict(), vocab_size=task.vocab_size, use_cache=False, **classes
+    )
     return READOUTS[task.readout](config)
 
 

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 from seqzoo.kernels.errors import unknown
+from seqzoo.train.tasks.arena import ListOpsGen, PathfinderGen
 from seqzoo.train.tasks.base import Floor as Floor
 from seqzoo.train.tasks.base import Task as Task
 from seqzoo.train.tasks.copying import MADSelectiveCopying, SelectiveCopying
@@ -37,6 +38,9 @@ SYNTHETIC: dict[str, type[Task]] = {
         Parity,
         ModularArithmetic,
         GroupWords,
+        # Long-Range Arena, from generators of ours
+        ListOpsGen,
+        PathfinderGen,
     )
 }
 
