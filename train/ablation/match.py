@@ -39,7 +39,8 @@ def figures(decoder: Mapping[str, Any], task: Mapping[str, Any]) -> Figures:
         network = build_network(spec, made)
     entries = [module for module in network.modules() if isinstance(module, Entry)]
     costs = [entry.mixer.cost(made.length) for entry in entries]
-    head = 2 * made.length * spec.d_model * made.vocab_size
+    # A pooled row has one row of logits, others one at each token.
+    head = 2 * spec.d_model * (made.n_classes or made.length * made.vocab_size)
     return Figures(
         sum(p.numel() for p in network.parameters()),
         sum(cost.parameters for cost in costs),
