@@ -72,13 +72,17 @@ def match(
         "state": lambda f: f.state_bytes,
     }[mode]
     wanted = read(figures(base, task))
+    known: dict[str, float] = {}  # the search comes back to the same stacks
 
     def off(stack: Mapping[str, Any]) -> float:
-        try:
-            found = read(figures(stack, task))
-        except ValueError:  # heads that do not divide this width
-            return float("inf")
-        return found / wanted - 1 if wanted else float(found != wanted)
+        name = str(stack)
+        if name not in known:
+            try:
+                found = read(figures(stack, task))
+                known[name] = found / wanted - 1 if wanted else float(found != wanted)
+            except ValueError:  # heads that do not divide this width
+                known[name] = float("inf")
+        return known[name]
 
     best = _nearest(decoder, "d_state", off, STATES) if mode == "state" else None
     if best is None:
