@@ -26,7 +26,8 @@ from seqzoo.zoo.losses import with_auxiliary
 from seqzoo.zoo.seeds import derive, seeded
 from seqzoo.zoo.spec import DecoderSpec
 
-BATCH = 128  # rows measured at once
+BATCH = 128  # rows measured at once,
+TOKENS = 1 << 17  # and tokens at most: rows of Path-X have 16,384
 
 
 @dataclass(frozen=True)
@@ -189,8 +190,9 @@ def measure(
     shares = {}
     for length, task in tasks.items():
         right = count = 0
-        for start in range(0, rows, BATCH):
-            batch = task.sample(seed, split, range(start, min(start + BATCH, rows)))
+        size = max(1, min(BATCH, TOKENS // length))
+        for start in range(0, rows, size):
+            batch = task.sample(seed, split, range(start, min(start + size, rows)))
             _, _, hits, asked = answers(network, batch)
             right, count = right + int(hits), count + int(asked)
         shares[str(length)] = right / max(count, 1)
