@@ -239,4 +239,8 @@ def test_the_grid_that_comes_with_it_reads_both_ways():
     path = Path(__file__).parents[2] / "configs/ablation/arena.yaml"
     given = yaml.safe_load(path.read_text())
     assert given["decoder"]["causal"] is False
-    assert {task["name"] for task in given["tasks"]} == {"listops_gen", "pathfinder_gen"}
+    off = [line.partition("# - ")[2] for line in path.read_text().splitlines() if "# - {" in line]
+    assert [task["name"] for task in given["tasks"]] == ["listops_gen"]
+    more = [yaml.safe_load(line) for line in off]  # what is switched off is sound as well
+    assert [task["name"] for task in more] == ["pathfinder_gen"]
+    assert len(Grid.from_dict({**given, "tasks": more, "match": "none"}).studies()) == 4
