@@ -26,7 +26,8 @@ from seqzoo.zoo.losses import with_auxiliary
 from seqzoo.zoo.seeds import derive, seeded
 from seqzoo.zoo.spec import DecoderSpec
 
-BATCH = 128  # rows measured at once
+BATCH = 128  # rows measured at once,
+TOKENS = 1 << 17  # and tokens at most: rows of Path-X have 16,384
 
 
 @dataclass(frozen=True)
@@ -170,8 +171,11 @@ def train_cell(description: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def build_network(spec: DecoderSpec, task: Task) -> ZooPreTrainedModel:
-    """A model that answers a task: logits (B, T, V) at every position."""
-    config = ZooConfig(decoder=spec.to_dict(), vocab_size=task.vocab_size, use_cache=False)
+    """A model that answers a task: logits (B, T, V) at every position, or (B, classes) of a row."""
+    classes: dict[str, Any] = {"num_labels": task.n_classes} if task.n_classes else {}
+    config = ZooConfig(
+        decoder=spec.to_dict(), vocab_size=task.vocab_size, use_cache=False, **classes
+    )
     return READOUTS[task.readout](config)
 
 
@@ -186,8 +190,9 @@ def measure(
     shares = {}
     for length, task in tasks.items():
         right = count = 0
-        for start in range(0, rows, BATCH):
-            batch = task.sample(seed, split, range(start, min(start + BATCH, rows)))
+        size = max(1, min(BATCH, TOKENS // length))
+        for start in range(0, rows, size):
+            batch = task.sample(seed, split, range(start, min(start + size, rows)))
             _, _, hits, asked = answers(network, batch)
             right, count = right + int(hits), count + int(asked)
         shares[str(length)] = right / max(count, 1)

@@ -3,7 +3,7 @@
 from typing import Any
 
 from seqzoo.train.module import Batch, Training
-from seqzoo.train.tasks.answers import READOUTS, answers
+from seqzoo.train.tasks.answers import PER_TOKEN, answers
 from seqzoo.zoo.base import ZooOutput
 from seqzoo.zoo.config import DecoderSpec
 from seqzoo.zoo.losses import IGNORED, with_auxiliary
@@ -32,16 +32,16 @@ class TokenClassification(Training):
         **settings: Any,  # noqa: ANN401
     ) -> None:
         super().__init__(decoder, **settings)
-        if readout not in READOUTS:
+        if readout not in PER_TOKEN:
             raise ValueError(
-                f"readout={readout!r} is not allowed; it must be {' or '.join(READOUTS)}, which "
+                f"readout={readout!r} is not allowed; it must be {' or '.join(PER_TOKEN)}, which "
                 "data with an answer at each token say, as Synthetic does"
             )
         self.save_hyperparameters({"readout": readout})
 
     def build(self) -> ZooPreTrainedModel:
         """See `Training.build`."""
-        return READOUTS[self.hparams["readout"]](self.config())
+        return PER_TOKEN[self.hparams["readout"]](self.config())
 
     def output(self, batch: Batch) -> ZooOutput:
         """See `Training.output`."""

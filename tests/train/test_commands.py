@@ -13,6 +13,7 @@ from seqzoo.train.classification import Classification
 from seqzoo.train.cli import main
 from seqzoo.train.data import Text
 from seqzoo.train.module import LanguageModelling
+from seqzoo.train.tasks import SYNTHETIC
 from seqzoo.zoo.config import DecoderSpec
 
 SPEC = {"d_model": 16, "pattern": ["rg_lru", "mlp"]}
@@ -78,6 +79,21 @@ def test_list_filters_and_speaks_markdown(capsys):
     names = [line.split("|")[1].strip() for line in lines[2:]]
     assert names == list_mixers(causal=True, kind="sequence", state="constant")
     assert {line.count("|") for line in lines} == {10}
+
+
+def test_list_shows_tasks_and_says_which_are_of_our_own_making(capsys):
+    assert main(["list", "--tasks"]) == 0
+    head, *lines = capsys.readouterr().out.splitlines()
+    assert head.split() == ["name", "length", "answers", "paper", "summary"]
+    assert [line.split()[0] for line in lines] == list(SYNTHETIC)
+    said = {line.split()[0]: line for line in lines}
+    assert {name for name in said if " one a row " in said[name]} == {
+        "listops_gen",
+        "pathfinder_gen",
+    }
+    assert " 2000 " in said["listops_gen"]
+    assert said["parity"].endswith("Is the number of ones so far odd?")
+    assert "--tasks shows every task" in refused(capsys, "list", "--tasks", "--causal")
 
 
 def test_list_refuses_an_unknown_kind(capsys):

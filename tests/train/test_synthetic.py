@@ -153,6 +153,7 @@ def test_facts_name_task_floor_and_seed():
 @pytest.mark.parametrize(
     ("options", "said"),
     [
+        ({"task": "listops_gen"}, "task=listops_gen is not allowed: .*-c configs/task/lra-"),
         ({"task": "parrity"}, "no synthetic task 'parrity'; nearest: parity"),
         ({"options": {"evry": True}}, "no option of task 'parity' named 'evry'; nearest: every"),
         ({"length": 0}, "length=0 is not allowed"),

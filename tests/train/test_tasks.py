@@ -12,12 +12,15 @@ import numpy as np
 import pytest
 import torch
 
+from seqzoo.train.lra.listops import evaluate
 from seqzoo.train.tasks import SYNTHETIC, create_task
 from seqzoo.train.tasks.draws import Draws
 from seqzoo.train.tasks.state_tracking import table_of
+from tests.train.lra.tracing import Tracer
 
 ROOT = Path(__file__).parents[2]
 IGNORED = -100
+ROW = "row"  # where the answer of a whole row belongs
 
 
 # Solvers: each reads a row of ids, and says what it would answer at every position it cares about.
@@ -114,6 +117,20 @@ def solve_group_words(task, ids):
     return said
 
 
+def solve_listops(task, ids):
+    return {ROW: evaluate(x for x in ids if x)}
+
+
+@cache
+def tracer(task):
+    return Tracer(task.source, margin=1)  # the only one up to 64 pixels
+
+
+def solve_pathfinder(task, ids):
+    side = task.source.resolution
+    return {ROW: int(tracer(task).connected(np.array(ids).reshape(side, side)))}
+
+
 def sign(p):
     return round(np.linalg.det(np.eye(5)[list(p)]))
 
@@ -132,6 +149,8 @@ SOLVERS = {
     "parity": solve_parity,
     "modular_arithmetic": solve_modular_arithmetic,
     "group_words": solve_group_words,
+    "listops_gen": solve_listops,
+    "pathfinder_gen": solve_pathfinder,
 }
 CASES = [
     *((name, {}) for name in SOLVERS),
@@ -149,6 +168,8 @@ CASES = [
     ("group_words", {"group": "a5"}),
     ("group_words", {"group": "z60", "every": False}),
     ("parity", {"min_length": 3, "every": False}),
+    ("listops_gen", {"length": 128, "min_length": 30, "max_depth": 5}),
+    ("pathfinder_gen", {"difficulty": "easy"}),
 ]
 IDS = [f"{name}-{','.join(map(str, options))}" for name, options in CASES]
 
@@ -156,6 +177,13 @@ IDS = [f"{name}-{','.join(map(str, options))}" for name, options in CASES]
 def rows_of(task, split="val", count=200, seed=0):
     batch = task.sample(seed, split, range(count))
     return batch["input_ids"], batch["labels"]
+
+
+def asked_of(task, wanted):
+    """Answers by position; where a row has one answer, that one."""
+    if task.readout == "pooled":
+        return {ROW: wanted}
+    return {t: x for t, x in enumerate(wanted) if x != IGNORED}
 
 
 def test_every_task_of_the_table_has_a_solver():
@@ -167,13 +195,14 @@ def test_every_task_of_the_table_has_a_solver():
 def test_a_plain_program_answers_everything(name, options):
     task = create_task(name, **options)
     ids, labels = rows_of(task, count=100)
-    assert ids.shape == labels.shape == (100, task.length)
+    assert ids.shape == (100, task.length)
+    assert labels.shape == ((100,) if task.readout == "pooled" else ids.shape)
     assert ids.dtype == labels.dtype == torch.int64
     assert 0 <= ids.min() <= ids.max() < task.vocab_size
     assert labels.max() < task.vocab_size
     for row, wanted in zip(ids.tolist(), labels.tolist(), strict=True):
         said = SOLVERS[name](task, row)
-        asked = {t: x for t, x in enumerate(wanted) if x != IGNORED}
+        asked = asked_of(task, wanted)
         assert asked
         assert {t: said[t] for t in asked} == asked
 
@@ -433,9 +462,13 @@ def test_groups_are_groups(group, order):
     assert (table == table.T).all() == (group == "z60")
 
 
-def test_compression_is_read_from_the_last_position():
-    assert create_task("compression").readout == "last"
-    assert all(c.readout == "token" for n, c in SYNTHETIC.items() if n != "compression")
+def test_where_answers_are_read():
+    others = {"compression": "last", "listops_gen": "pooled", "pathfinder_gen": "pooled"}
+    assert {n: c.readout for n, c in SYNTHETIC.items() if c.readout != "token"} == others
+    assert {n: c.n_classes for n, c in SYNTHETIC.items() if c.n_classes} == {
+        "listops_gen": 10,
+        "pathfinder_gen": 2,
+    }
 
 
 @pytest.mark.parametrize(
@@ -459,6 +492,12 @@ def test_compression_is_read_from_the_last_position():
         ("fuzzy_recall", {"motif": 8}, "vocab_size=16 is not allowed with motif=8"),
         ("modular_arithmetic", {"modulus": 1}, "modulus=1 is not allowed"),
         ("compression", {"vocab_size": 1}, "vocab_size=1 is not allowed"),
+        ("listops_gen", {"length": 501}, "length=501 is not allowed; .* must be at least 502"),
+        ("listops_gen", {"max_depth": 3}, "fewer than one expression in 1000 has a length between"),
+        ("listops_gen", {"max_args": 1}, "max_args=1 is not allowed"),
+        ("listops_gen", {"min_length": 0}, "min_length=0 is not allowed"),
+        ("pathfinder_gen", {"length": 2000}, "length=2000 is not .* 1024, 4096, 16384, 65536"),
+        ("pathfinder_gen", {"difficulty": "harder"}, "no difficulty 'harder'; nearest: hard"),
     ],
 )
 def test_wrong_options_are_refused_in_one_line(name, options, said):

@@ -88,7 +88,7 @@ class Grid:
         sweep_seeds: seeds of the sweep.
         final_seeds: fresh seeds at the best rate; with none, the sweep's own count.
         match: `none`, or what a swapped stack shares with the baseline: `parameters`, `flops` of
-            its training, or bytes of `state` after a row of the task.
+            its training, or bytes of `state` after a row of the task (of causal stacks).
         tolerance: of the match, relative.
         train: fields of `Cell` for every task.
 
@@ -117,6 +117,11 @@ class Grid:
                 raise ValueError(f"{name} of the grid is empty; it needs at least one")
         if self.match not in MODES:
             raise unknown("way to match", self.match, MODES)
+        if self.match == "state" and not self.decoder.get("causal", True):
+            raise ValueError(
+                "match=state is not allowed with `causal: false`: what reads both ways carries no "
+                "state; match parameters, flops or none"
+            )
         check_positive(tolerance=self.tolerance)
         for factor in self.factors:
             if factor not in FACTORS:

@@ -39,7 +39,8 @@ def figures(decoder: Mapping[str, Any], task: Mapping[str, Any]) -> Figures:
         network = build_network(spec, made)
     entries = [module for module in network.modules() if isinstance(module, Entry)]
     costs = [entry.mixer.cost(made.length) for entry in entries]
-    head = 2 * made.length * spec.d_model * made.vocab_size
+    # A pooled row has one row of logits, others one at each token.
+    head = 2 * spec.d_model * (made.n_classes or made.length * made.vocab_size)
     return Figures(
         sum(p.numel() for p in network.parameters()),
         sum(cost.parameters for cost in costs),
@@ -71,13 +72,17 @@ def match(
         "state": lambda f: f.state_bytes,
     }[mode]
     wanted = read(figures(base, task))
+    known: dict[str, float] = {}  # the search comes back to the same stacks
 
     def off(stack: Mapping[str, Any]) -> float:
-        try:
-            found = read(figures(stack, task))
-        except ValueError:  # heads that do not divide this width
-            return float("inf")
-        return found / wanted - 1 if wanted else float(found != wanted)
+        name = str(stack)
+        if name not in known:
+            try:
+                found = read(figures(stack, task))
+                known[name] = found / wanted - 1 if wanted else float(found != wanted)
+            except ValueError:  # heads that do not divide this width
+                known[name] = float("inf")
+        return known[name]
 
     best = _nearest(decoder, "d_state", off, STATES) if mode == "state" else None
     if best is None:

@@ -27,7 +27,7 @@ class Synthetic(Tokens):
     batches are the same whatever the number of workers; validation and test rows are fixed.
 
     Args:
-        task: name of the task; see `seqzoo.train.tasks.SYNTHETIC`.
+        task: name of a task that asks at tokens; see `seqzoo list --tasks`.
         length: tokens of a row; the task's own default when None.
         options: the task's other options.
         test_lengths: lengths to validate and test at besides `length`.
@@ -57,6 +57,11 @@ class Synthetic(Tokens):
     ) -> None:
         given = {"length": length} if length is not None else {}
         self.task = create_task(task, **given, **(options or {}))
+        if self.task.readout == "pooled":
+            raise ValueError(
+                f"task={task} is not allowed: its rows have one answer each, and `seqzoo fit` "
+                "takes such data from LRA: -c configs/task/lra-*.yaml"
+            )
         super().__init__(
             length=self.task.length, batch_size=batch_size, num_workers=num_workers, seed=seed
         )

@@ -13,6 +13,7 @@ so the same distribution, without a Python call a node.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -88,6 +89,21 @@ class ListOps:
         if not 0 < self.operator_chance < 1:
             raise ValueError(f"operator_chance={self.operator_chance} is not between 0 and 1")
 
+    @cached_property
+    def share(self) -> float:
+        """Chance that a tree which is begun is kept: exact, from the law of lengths by level."""
+        lengths = np.zeros(self.max_length)  # chance of each, those from max_length on left out
+        lengths[1] = 1.0
+        for _ in range(self.max_depth - 1):
+            together, total = lengths, np.zeros(self.max_length)
+            for _ in range(2, self.max_args + 1):
+                together = _sum_law(together, lengths)
+                total += together
+            lengths = np.zeros(self.max_length)
+            lengths[1] = 1 - self.operator_chance
+            lengths[2:] += self.operator_chance / (self.max_args - 1) * total[:-2]
+        return float(lengths[self.min_length + 1 :].sum())
+
     def facts(self) -> dict[str, Any]:
         """The parameters, as plain data."""
         return asdict(self)
@@ -123,6 +139,13 @@ class ListOps:
             if not count:
                 break
         return levels
+
+
+def _sum_law(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The law of a sum of two independent numbers, as far as the laws given go; (N,) each."""
+    size = 2 * len(a)
+    law: NDArray[np.float64] = np.fft.irfft(np.fft.rfft(a, size) * np.fft.rfft(b, size), size)
+    return law[: len(a)]
 
 
 def _lengths(levels: Sequence[Level]) -> list[Ints]:

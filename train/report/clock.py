@@ -23,7 +23,7 @@ from seqzoo.train.cells import one_thread
 from seqzoo.train.files import write_whole
 from seqzoo.train.report.load import SPEED, Row
 from seqzoo.train.report.memory import memory_of
-from seqzoo.train.report.passes import PHASES, Stack, build, step_of, tokens
+from seqzoo.train.report.passes import Stack, build, step_of, tokens
 
 SECONDS = 10.0  # a point that has taken longer in all is repeated no more
 
@@ -62,10 +62,15 @@ def clock(
     """
     studies = _distinct(_grid(folder), where)
     rows: list[Row] = []
-    total = len(studies) * len(PHASES) * len(lengths)
+    stacks = [_stack(study) for study in studies]
+    phases = stacks[0].phases  # one grid, one way of reading
+    total = len(studies) * len(phases) * len(lengths)
     for length in lengths:
-        for phase in PHASES:
-            points = [Point(study, _stack(study), phase, length) for study in studies]
+        for phase in phases:
+            points = [
+                Point(study, stack, phase, length)
+                for study, stack in zip(studies, stacks, strict=True)
+            ]
             rows += _measured(points, batch_size, repeats)
             _say(f"{len(rows)} of {total} points measured")
     if sys.stderr.isatty():

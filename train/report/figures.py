@@ -35,6 +35,8 @@ def accuracy_against(studies: Sequence[Study], cost: str) -> Figure | str:
     drawn = [s for s in studies if s.accuracy()]
     if not drawn:
         return "no cell has an accuracy"
+    if not any(s.cost(cost) for s in drawn):
+        return "no stack carries a state: they read both ways (`causal: false`)"
     words, unit = COSTS[cost]
     panels, names, shade = panels_of(drawn), dict(_named(studies)), _shades(studies)
     figure, seen = canvas([str(p) for p in panels], words, "accuracy"), set[str]()

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from seqzoo.train.bench.measure import training_step
+from seqzoo.zoo.base import ZooPreTrainedModel
 from seqzoo.zoo.cache import ZooCache
 from seqzoo.zoo.config import ZooConfig
-from seqzoo.zoo.model import ZooForCausalLM
+from seqzoo.zoo.model import ZooForCausalLM, ZooForSequenceClassification
 
 PHASES = ("forward", "train", "decode")
 PIECE = 64  # tokens at once while a cache is filled: the peak is then the cache's, not the pass's
@@ -21,11 +22,18 @@ class Stack(NamedTuple):
     decoder: dict[str, Any]
     vocab_size: int
 
+    @property
+    def phases(self) -> tuple[str, ...]:
+        """What can be measured; a stack that reads both ways decodes nothing."""
+        return PHASES if self.decoder.get("causal", True) else PHASES[:2]
 
-def build(stack: Stack) -> ZooForCausalLM:
-    """The model, with weights of seed 0."""
+
+def build(stack: Stack) -> ZooPreTrainedModel:
+    """The model, with weights of seed 0: of language, or where it reads both ways a classifier."""
     torch.manual_seed(0)
-    model = ZooForCausalLM(ZooConfig(decoder=stack.decoder, vocab_size=stack.vocab_size))
+    causal = stack.decoder.get("causal", True)
+    kind = ZooForCausalLM if causal else ZooForSequenceClassification
+    model: ZooPreTrainedModel = kind(ZooConfig(decoder=stack.decoder, vocab_size=stack.vocab_size))
     model.train(False)
     return model
 
@@ -36,12 +44,12 @@ def tokens(stack: Stack, batch_size: int, length: int) -> Tensor:
     return torch.randint(stack.vocab_size, (batch_size, length), generator=generator)
 
 
-def step_of(model: ZooForCausalLM, phase: str, ids: Tensor) -> Callable[[], object]:
+def step_of(model: ZooPreTrainedModel, phase: str, ids: Tensor) -> Callable[[], object]:
     """What is clocked again and again; for decoding the cache is filled here, and goes on growing.
 
     Args:
-        model: a causal stack.
-        phase: one of `PHASES`.
+        model: of `build`.
+        phase: one of the stack's.
         ids: (B, T).
     """
     if phase == "train":
@@ -54,7 +62,7 @@ def step_of(model: ZooForCausalLM, phase: str, ids: Tensor) -> Callable[[], obje
     return torch.no_grad()(lambda: model(last, past_key_values=cache, use_cache=True))
 
 
-def run_once(model: ZooForCausalLM, phase: str, ids: Tensor) -> None:
+def run_once(model: ZooPreTrainedModel, phase: str, ids: Tensor) -> None:
     """The pass, with what it needs before it."""
     if phase == "train":
         model.train()
@@ -65,7 +73,7 @@ def run_once(model: ZooForCausalLM, phase: str, ids: Tensor) -> None:
 
 
 @torch.no_grad()
-def filled(model: ZooForCausalLM, ids: Tensor) -> ZooCache:
+def filled(model: ZooPreTrainedModel, ids: Tensor) -> ZooCache:
     """A cache that has seen the tokens."""
     cache = ZooCache()
     for piece in torch.split(ids, PIECE, dim=1):
@@ -73,6 +81,6 @@ def filled(model: ZooForCausalLM, ids: Tensor) -> ZooCache:
     return cache
 
 
-def _logits(model: ZooForCausalLM, ids: Tensor) -> Tensor:
+def _logits(model: ZooPreTrainedModel, ids: Tensor) -> Tensor:
     logits: Tensor = model(ids, use_cache=False).logits
     return logits

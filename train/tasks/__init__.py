@@ -1,9 +1,13 @@
-"""Synthetic tasks: small languages that tell mixers apart, made as they are read."""
+"""Synthetic tasks: small languages that tell mixers apart, made as they are read.
+
+With them Long-Range Arena's two tasks that can be made; their names end in `_gen`.
+"""
 
 import dataclasses
 from typing import Any
 
 from seqzoo.kernels.errors import unknown
+from seqzoo.train.tasks.arena import ListOpsGen, PathfinderGen
 from seqzoo.train.tasks.base import Floor as Floor
 from seqzoo.train.tasks.base import Task as Task
 from seqzoo.train.tasks.copying import MADSelectiveCopying, SelectiveCopying
@@ -37,6 +41,9 @@ SYNTHETIC: dict[str, type[Task]] = {
         Parity,
         ModularArithmetic,
         GroupWords,
+        # Long-Range Arena, from generators of ours
+        ListOpsGen,
+        PathfinderGen,
     )
 }
 

@@ -8,9 +8,13 @@ from torch.nn.functional import cross_entropy
 from seqzoo.train.tasks.autoencoder import AutoEncoder
 from seqzoo.zoo.base import ZooOutput, ZooPreTrainedModel
 from seqzoo.zoo.losses import IGNORED
-from seqzoo.zoo.model import ZooForCausalLM
+from seqzoo.zoo.model import ZooForCausalLM, ZooForSequenceClassification
 
-READOUTS: dict[str, type[ZooPreTrainedModel]] = {"token": ZooForCausalLM, "last": AutoEncoder}
+PER_TOKEN: dict[str, type[ZooPreTrainedModel]] = {"token": ZooForCausalLM, "last": AutoEncoder}
+READOUTS: dict[str, type[ZooPreTrainedModel]] = {
+    **PER_TOKEN,
+    "pooled": ZooForSequenceClassification,
+}
 
 
 def answers(
@@ -18,7 +22,7 @@ def answers(
 ) -> tuple[ZooOutput, Tensor, Tensor, Tensor]:
     """The model's output, the summed loss of what is asked, how much is right, how much is asked.
 
-    A label belongs to its own position: nothing is shifted.
+    A label belongs to its own position, or to its row: nothing is shifted.
     """
     inputs = {name: value for name, value in batch.items() if name != "labels"}
     out: ZooOutput = network(**inputs, use_cache=False)

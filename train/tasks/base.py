@@ -1,4 +1,4 @@
-"""What a synthetic task is: rows of token ids, and the answer at some of their positions."""
+"""What a synthetic task is: rows of token ids, and answers: at some positions, or one a row."""
 
 import dataclasses
 from abc import ABC, abstractmethod
@@ -42,8 +42,10 @@ class Task(ABC):
 
     name: ClassVar[str]
     paper: ClassVar[str]
-    # `token`: the answer is read at its own position; `last`: all are decoded from the last one.
-    readout: ClassVar[Literal["token", "last"]] = "token"
+    # `token`: the answer is read at its own position; `last`: all are decoded from the last one;
+    # `pooled`: a row has one answer, a class, read from the mean of its tokens.
+    readout: ClassVar[Literal["token", "last", "pooled"]] = "token"
+    n_classes: ClassVar[int] = 0  # of a pooled row
 
     def __post_init__(self) -> None:
         check_positive(length=self.length)
@@ -55,11 +57,11 @@ class Task(ABC):
     @property
     @abstractmethod
     def vocab_size(self) -> int:
-        """Number of token ids, answers included."""
+        """Number of token ids, answers at tokens included."""
 
     @abstractmethod
     def rows(self, draws: Draws, train: bool) -> tuple[Ints, Ints]:
-        """Token ids and labels, (N, T) each; -100 where no answer is asked."""
+        """Token ids and labels, (N, T) each; -100 where no answer is asked. Pooled labels: (N,)."""
 
     def sample(self, seed: int, split: str, indices: Sequence[int] | range) -> Batch:
         """The samples of these numbers.
@@ -72,6 +74,8 @@ class Task(ABC):
         Returns:
             `input_ids` and `labels`, int64 (N, T). A label belongs to its own position: it is the
             answer that is to be given after reading up to there. It is -100 where none is asked.
+            Of a pooled task `labels` are classes, (N,), and where rows end early `attention_mask`
+            (N, T) is 0 at their padding.
         """
         if split not in SPLITS:
             raise unknown("split", split, SPLITS)

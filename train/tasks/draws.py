@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 Ints = NDArray[np.int64]
 Words = NDArray[np.uint64]
+Key = tuple[str | int, ...]
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -24,10 +25,11 @@ class Draws:
         indices: N sample numbers, 0 or more.
     """
 
-    def __init__(self, key: tuple[str | int, ...], indices: Sequence[int] | Ints) -> None:
+    def __init__(self, key: Key, indices: Sequence[int] | Ints) -> None:
+        self.key, self.indices = key, np.asarray(indices, dtype=np.int64)
         digest = hashlib.sha256(repr(key).encode()).digest()
         start, self._place = np.frombuffer(digest[:8], dtype="<u8"), 0
-        numbers = np.asarray(indices, dtype=np.int64).astype(np.uint64)
+        numbers = self.indices.astype(np.uint64)
         self._rows = _mix(_mix(start + numbers * GOLDEN) ^ np.frombuffer(digest[8:16], "<u8"))
         self.count = len(self._rows)
 
@@ -62,6 +64,15 @@ class Draws:
         first = np.argpartition(clocks, k - 1, axis=1)[:, :k]
         order = np.take_along_axis(clocks, first, 1).argsort(axis=1)
         return np.take_along_axis(first, order, 1)
+
+
+def generator(key: Key, number: int) -> np.random.Generator:
+    """A generator for one number of a stream, for what takes an unknown count of draws.
+
+    It is numpy's own, whose draws another release of numpy may change.
+    """
+    digest = hashlib.sha256(repr((*key, number)).encode()).digest()
+    return np.random.default_rng(int.from_bytes(digest, "little"))
 
 
 def _mix(words: Words) -> Words:
