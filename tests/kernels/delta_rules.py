@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from seqzoo.kernels.delta import delta
-from seqzoo.kernels.delta.lowrank import delta_lowrank
+from seqzoo.kernels.delta_lowrank import delta_lowrank
 from seqzoo.kernels.dispatch import BACKENDS
 from tests.tolerances import assert_close_to_reference
 

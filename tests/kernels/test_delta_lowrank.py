@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from seqzoo.kernels.delta import delta
-from seqzoo.kernels.delta.lowrank import delta_lowrank
+from seqzoo.kernels.delta_lowrank import delta_lowrank
 from tests.kernels.delta_rules import compare, cut, everything, flags, inputs, leaves, naive, truth
 from tests.tolerances import EXACT, relative_error
 

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from seqzoo.kernels.decay.chunked import chunk_count
 from seqzoo.kernels.delta.inputs import begin, check_heads, columns, where_real
-from seqzoo.kernels.delta.lowrank_chunked import backward as chunked_backward
-from seqzoo.kernels.delta.lowrank_chunked import forward as chunked_forward
-from seqzoo.kernels.delta.lowrank_chunked import step
-from seqzoo.kernels.delta.reference import delta_lowrank as reference_delta_lowrank
+from seqzoo.kernels.delta_lowrank.chunked import backward as chunked_backward
+from seqzoo.kernels.delta_lowrank.chunked import forward as chunked_forward
+from seqzoo.kernels.delta_lowrank.chunked import step
+from seqzoo.kernels.delta_lowrank.reference import delta_lowrank as reference_delta_lowrank
 from seqzoo.kernels.dispatch import Backend, choose, declare, full_precision
 from seqzoo.kernels.operator import operator
 
