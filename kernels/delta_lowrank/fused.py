@@ -18,6 +18,7 @@ states are float32 always. Of float16 inputs all is float32, which has the range
 states need. A float32 factor is split in three bfloat16 parts that keep its 24 bits.
 """
 
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
@@ -27,7 +28,8 @@ from torch import Tensor
 
 from seqzoo.kernels.decay.chunked import chunk_count
 from seqzoo.kernels.delta.fused_keys import CHUNK, block
-from seqzoo.kernels.delta_lowrank.fused_reads import corrections, gradients, prepare
+from seqzoo.kernels.delta_lowrank.fused_gradients import corrections, of_columns, of_rows
+from seqzoo.kernels.delta_lowrank.fused_reads import prepare
 from seqzoo.kernels.dispatch import interpreting
 from seqzoo.kernels.fused import OPTIONS, Variant
 
@@ -97,8 +99,13 @@ def backward(
     _launch(_backward, (B * H, V), made.keys, do, *made, dfound, dv, dstates, *sizes, **width)
     given: tuple[Tensor, ...] = (v, do, made.ak, made.inverse, made.reads, states)
     _launch(corrections, (B * H * N,), made.keys, *given, found, dfound, *squares, *sizes, **width)
-    given = (q, k, v, a, b, g, states, dstates[1:], do, found, dfound, *squares)
-    _launch(gradients, (B * H * N, K), made.keys, *given, dq, dk, da, db, dg, *sizes)
+    ends, (dqk, dqb, dak, dab) = dstates[1:], squares
+    given = (q, k, a, b, g, states, ends, do, dfound, *squares, dq, da, dg)
+    _launch(of_rows, (B * H * N, K), made.keys, *given, *sizes)
+    given = (k, q, a, g, v, dfound, ends, dqk, dak, dk, dg)
+    _launch(of_columns, (B * H * N, K), made.keys, *given, *sizes, KEYS=True)
+    given = (b, q, a, g, found, dfound, ends, dqb, dab, db, dg)
+    _launch(of_columns, (B * H * N, K), made.keys, *given, *sizes, KEYS=False)
     return dq, dk, dv, da, db, dg, dstates[0].clone()
 
 
@@ -134,10 +141,10 @@ def _config(kernel: triton.JITFunction, size: int) -> dict[str, Any]:
     if kernel is _step:
         return {"BLOCK_K": 64, "BLOCK_V": 32, "num_warps": 4}
     blocks = {"BLOCK_T": CHUNK, "BLOCK_K": 16, "num_warps": 4, "num_stages": 1}
-    if kernel in (corrections, gradients):
+    if kernel in (corrections, of_rows, of_columns):
         blocks |= {"BLOCK_V": 16, "maxnreg": MOST}
     elif kernel is not prepare and size == 4:
-        blocks |= {"BLOCK_V": 16, "num_warps": 2}
+        blocks |= {"BLOCK_V": 16, "num_warps": 4 if kernel is _backward else 2}
     elif kernel is not prepare:
         blocks |= {"BLOCK_K": WIDEST, "BLOCK_V": 32}
     return blocks
@@ -148,16 +155,16 @@ def _launch(
     grid: tuple[int, ...],
     tile: Tensor,
     *given: Tensor | int,
-    **options: int,
+    **options: bool | int,
 ) -> None:
-    """The second number of the grid counts channels, of keys in `gradients` and of values else."""
+    """The second number of the grid counts channels: of keys for gradients, of values else."""
     config = _config(kernel, tile.itemsize) | options
     if kernel is not _step:
         config["PRECISION"] = "ieee" if interpreting() else PRECISION
     if torch.version.hip:
         config.pop("maxnreg", None)  # of NVIDIA's compiler alone
     if len(grid) > 1:
-        width = config["BLOCK_K" if kernel is gradients else "BLOCK_V"]
+        width = config["BLOCK_K" if kernel in (of_rows, of_columns) else "BLOCK_V"]
         grid = (grid[0], triton.cdiv(grid[1], width))
     if all(grid):
         with torch.cuda.device_of(tile):
@@ -327,13 +334,14 @@ def _step(
 
 
 def _variants() -> tuple[Variant, ...]:
-    narrow = {"q", "k", "v", "a", "b", "o", "do", "dq", "dk", "dv", "da", "db"}
+    narrow = {"q", "k", "v", "a", "b", "o", "do", "dq", "dk", "dv", "da", "db", "x", "z", "dx"}
     narrow |= {"qk", "qb", "ak", "queries", "keys", "reads", "writes", "found", "dfound"}
     made = []
-    for kernel in (prepare, _forward, _backward, corrections, gradients, _step):
-        for dtype in ("*fp32", "*bf16"):
+    for kernel in (prepare, _forward, _backward, corrections, of_rows, of_columns, _step):
+        kinds = (True, False) if kernel is of_columns else (True,)
+        for dtype, keys in product(("*fp32", "*bf16"), kinds):
             config = _config(kernel, 4 if dtype == "*fp32" else 2)
-            fixed = {"WIDTH": 128, "PRECISION": PRECISION}
+            fixed = {"KEYS": keys, "WIDTH": 128, "PRECISION": PRECISION}
             config |= {n: x for n, x in fixed.items() if n in kernel.arg_names}
             run_time = [n for n in kernel.arg_names if n not in config]
             types = {n: dtype if n in narrow else "*fp32" for n in run_time}

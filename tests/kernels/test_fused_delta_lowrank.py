@@ -36,11 +36,10 @@ def test_every_number_is_the_loop(shape, kind, dtype, fused_device, poisoned_emp
     assert_fused(rounded(shape, kind, dtype), fused_device, **flags(*shape[:2]), scale=0.7)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_half_precision_products(kind, fused_device, poisoned_empty, monkeypatch):
+def test_half_precision_products(fused_device, poisoned_empty, monkeypatch):
     # as bfloat16 has them, in a dtype that the interpreter can compute in
     monkeypatch.setattr(fused, "NARROW", (torch.float16,))
-    given = rounded((1, 34, 1, 66, 35), kind, torch.float16)
+    given = rounded((1, 34, 1, 66, 35), "lowrank", torch.float16)
     given |= {n: given[n].half() for n in ("a", "b")}
     assert_fused(given, fused_device)
 
@@ -68,7 +67,7 @@ def test_a_gradient_beyond_the_range_of_float16_passes(fused_device):
     assert torch.equal(grads[list(given).index("initial_state")], torch.full_like(state, 1e5))
 
 
-@pytest.mark.parametrize("T", [2, 15, 16, 17, 31, 32, 33, 64])
+@pytest.mark.parametrize("T", [2, 15, 16, 17, 32, 33])
 def test_every_length_around_borders(T, fused_device, poisoned_empty):
     assert_fused(rounded((2, T, 1, 5, 3), KINDS[T % 2], torch.float32), fused_device)
 
@@ -76,7 +75,7 @@ def test_every_length_around_borders(T, fused_device, poisoned_empty):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_single_tokens(dtype, kind, fused_device, poisoned_empty):
-    given = rounded((2, 1, 1, 70, 35), kind, dtype)
+    given = rounded((2, 1, 1, 20, 35), kind, dtype)
     assert_fused(given, fused_device, scale=0.5, reset=torch.tensor([[True], [False]]))
 
 
@@ -161,9 +160,8 @@ def test_nothing(shape, fused_device):
     assert torch.equal(state, given["initial_state"])
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_layout_in_memory_changes_nothing(kind, fused_device):
-    assert_layout_changes_nothing(rounded((1, 5, 2, 4, 6), kind, torch.float32), fused_device)
+def test_layout_in_memory_changes_nothing(fused_device):
+    assert_layout_changes_nothing(rounded((1, 5, 2, 4, 6), "lowrank", torch.float32), fused_device)
 
 
 def test_half_values_with_float32_keys_keep_each_gradient_in_its_dtype(fused_device):
