@@ -126,7 +126,8 @@ def _prepared(q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, g: Tensor) 
     tile = k.dtype if len(dtypes) == 1 and k.dtype in NARROW else wide
     squares = [k.new_empty(B * H * N, CHUNK, CHUNK, dtype=x) for x in (tile, tile, tile, wide)]
     decayed = [k.new_empty(B * H * N, CHUNK, width, dtype=tile) for _ in range(4)]
-    made = Prepared(*squares, *decayed, k.new_empty(B * H * N, width, dtype=wide))
+    total = k.new_empty(B * H * N, width, dtype=wide)
+    made = Prepared._make((*squares, *decayed, total))
     _launch(prepare, (B * H * N,), made.keys, q, k, a, b, g, *made, T, H, K, N, WIDTH=width)
     return made
 

@@ -58,7 +58,6 @@ def _rows(
     keys,
     writes,
     total,
-    mine,
     token,
     t,
     T,
@@ -74,6 +73,7 @@ def _rows(
     With READS x is a, which reads before its own decay and not what its token writes; and then k
     and b decayed until the chunk's end.
     """
+    mine = tl.cast(tl.program_id(0), tl.int64)
     i = tl.arange(0, BLOCK_T)
     tile = decayed.dtype.element_ty
     left_of = apart(i[:, None], i[None, :])
@@ -144,7 +144,7 @@ def prepare(
     token = (row // H * T + t) * H + row % H
     square = (mine * BLOCK_T + i)[:, None] * BLOCK_T + i[None, :]
     M, above = _rows(
-        a, k, b, g, reads, keys, writes, total, mine, token, t, T, K,
+        a, k, b, g, reads, keys, writes, total, token, t, T, K,
         True, WIDTH, BLOCK_T, BLOCK_K, PRECISION,
     )  # fmt: skip
     tl.store(ak + square, M)
@@ -156,7 +156,7 @@ def prepare(
         solved += tl.dot(below, solved, input_precision=PRECISION)
     tl.store(inverse + square, solved)
     A_k, A_b = _rows(
-        q, k, b, g, queries, keys, writes, total, mine, token, t, T, K,
+        q, k, b, g, queries, keys, writes, total, token, t, T, K,
         False, WIDTH, BLOCK_T, BLOCK_K, PRECISION,
     )  # fmt: skip
     tl.store(qk + square, A_k)
