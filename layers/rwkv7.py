@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm, normalize
 
-from seqzoo.kernels.delta.lowrank import delta_lowrank
+from seqzoo.kernels.delta_lowrank import delta_lowrank
 from seqzoo.kernels.dispatch import accumulator
 from seqzoo.kernels.errors import check_positive, check_shape, not_divisible
 from seqzoo.layers.base import Caps, Context, Cost, Mixer, State

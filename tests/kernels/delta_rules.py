@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from seqzoo.kernels.delta import delta
-from seqzoo.kernels.delta.lowrank import delta_lowrank
+from seqzoo.kernels.delta_lowrank import delta_lowrank
 from seqzoo.kernels.dispatch import BACKENDS
-from tests.tolerances import assert_close_to_reference
+from tests.tolerances import assert_close_to_reference, law_budget, relative_error
 
 LOWRANK = ("lowrank", "lowrank scalar")
 KINDS = ("none", "scalar", "vector", *LOWRANK)  # decays of the delta rule; of the low-rank one
@@ -87,7 +87,7 @@ def everything(given: dict[str, Tensor], **options: object) -> dict[str, Tensor]
 
 def exact(x: Tensor) -> Tensor:
     """Numbers that every dtype holds exactly."""
-    return ((torch.arange(x.numel()) * 7 % 13 - 4) / 8).view(x.shape).to(x.dtype)
+    return ((torch.arange(x.numel()) * 7 % 13 - 4) / 8).view(x.shape).to(x)
 
 
 def truth(given: dict[str, Tensor], **options: object) -> dict[str, Tensor]:
@@ -104,6 +104,63 @@ def compare(found: dict[str, Tensor], wanted: dict[str, Tensor], dtype: torch.dt
 
 def cut(given: dict[str, Tensor], tokens: slice | Tensor) -> dict[str, Tensor]:
     return {name: x if name == "initial_state" else x[:, tokens] for name, x in given.items()}
+
+
+def rounded(shape: tuple[int, ...], kind: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    """`inputs` in the dtypes of `leaves`."""
+    return {n: x.detach() for n, x in leaves(inputs(*shape, kind=kind), dtype).items()}
+
+
+def fused(given: dict[str, Tensor], device: str, **options: object) -> dict[str, Tensor]:
+    """`everything` by the Triton kernels, where they run."""
+    there = {n: x.detach().to(device).requires_grad_() for n, x in given.items()}
+    asked = {n: x.to(device) if isinstance(x, Tensor) else x for n, x in options.items()}
+    return {n: x.cpu() for n, x in everything(there, **asked, backend="fused").items()}
+
+
+def assert_fused(given: dict[str, Tensor], device: str, **options: object) -> None:
+    """Every number is the loop's in float64; o has the dtype of v, a gradient that of its input."""
+    found = fused(given, device, **options)
+    compare(found, truth(given, **options), given["v"].dtype)
+    kept = [given["v"].dtype, torch.float32, *(x.dtype for x in given.values())]
+    assert [x.dtype for x in found.values()] == kept
+
+
+def assert_future_unread(given: dict[str, Tensor], device: str, *bounded: str) -> None:
+    """Later tokens turned around, and much larger in what need not be bounded: bit by bit alike."""
+    given = {n: x.to(device) for n, x in given.items() if n != "initial_state"}
+    o = rule(**given, backend="fused")[0]
+    for t in (1, 17, 39):
+        later = {n: x[:, t:].flip(1) * (1 if n in bounded else 1e4) for n, x in given.items()}
+        other = {n: torch.cat([x[:, :t], later[n]], dim=1) for n, x in given.items()}
+        assert torch.equal(rule(**other, backend="fused")[0][:, :t], o[:, :t])
+
+
+def assert_pieces_are_one_pass(given: dict[str, Tensor], device: str) -> None:
+    """Single tokens among them."""
+    given = {n: x.to(device) for n, x in given.items()}
+    whole, last = rule(**given, backend="fused")
+    state, outputs = given["initial_state"], []
+    for start, stop in ((0, 1), (1, 34), (34, 36), (36, 37), (37, 40)):
+        now = cut(given, slice(start, stop)) | {"initial_state": state}
+        o, state = rule(**now, backend="fused")
+        outputs.append(o)
+    assert relative_error(torch.cat(outputs, dim=1), whole) <= law_budget(whole.dtype)
+    assert relative_error(state, last) <= law_budget(last.dtype)
+
+
+def assert_layout_changes_nothing(given: dict[str, Tensor], device: str) -> None:
+    strided = {n: x.transpose(0, -1).contiguous().transpose(0, -1) for n, x in given.items()}
+    assert not any(x.is_contiguous() for x in strided.values())
+    found, other = (fused(x, device) for x in (given, strided))
+    assert all(torch.equal(found[n], other[n]) for n in found)
+
+
+def assert_float64_refused(given: dict[str, Tensor], name: str, device: str) -> None:
+    given = {n: x.to(device) for n, x in given.items()}
+    given[name] = given[name].double()
+    with pytest.raises(ValueError, match="not float64; use"):
+        rule(**given, backend="fused")
 
 
 def naive(rule: str) -> ModuleType:

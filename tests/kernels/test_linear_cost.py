@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from seqzoo.kernels.decay import decay
 from seqzoo.kernels.delta import delta
-from seqzoo.kernels.delta.lowrank import delta_lowrank
+from seqzoo.kernels.delta_lowrank import delta_lowrank
 from seqzoo.kernels.dispatch import BACKENDS
 from seqzoo.kernels.long_conv import long_conv
 from seqzoo.kernels.maxplus import maxplus

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from seqzoo.kernels.delta.lowrank import delta_lowrank
+from seqzoo.kernels.delta_lowrank import delta_lowrank
 from seqzoo.layers import rwkv7
 from seqzoo.layers.base import Bidirectional, Context
 from seqzoo.layers.rwkv7 import RWKV7

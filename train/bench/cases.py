@@ -114,6 +114,7 @@ CASES = (
             ("decay", "GLA"),
             ("delta", ""),
             ("delta", "KDA"),
+            ("delta_lowrank", ""),
         )
         for tokens in (4096, 16_384)
     ),
@@ -140,6 +141,7 @@ GPU_CASES = tuple(
             form="Gated DeltaNet",
         ),
         Case("delta", "fla, chunk_kda", gpu.kda, 4096, faster=1, form="KDA"),
+        Case("delta_lowrank", "fla, chunk_dplr_delta_rule", gpu.lowrank, 4096, faster=1),
         Case("long_conv", "one FFT of everything", peers.whole_fft, 8192, faster=1),
         Case("attention", "causal SDPA", peers.causal_sdpa, 32_768, faster=25),
     )

@@ -87,6 +87,9 @@ gated_delta_rule = _fla(
     "gated_delta_rule", "chunk_gated_delta_rule", "q", "k", "v", "log_decay", "beta"
 )
 kda = _fla("kda", "chunk_kda", "q", "k", "v", "log_decay", "beta")
+lowrank = _fla(
+    "generalized_delta_rule", "chunk_dplr_delta_rule", "q", "k", "v", "a", "b", "log_decay"
+)
 
 
 def _first(results: Any) -> Tensor:  # noqa: ANN401  # what packages return

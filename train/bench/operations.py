@@ -10,6 +10,7 @@ from torch.nn.functional import logsigmoid, normalize, softplus
 from seqzoo.kernels.attention import attention
 from seqzoo.kernels.decay import decay
 from seqzoo.kernels.delta import delta
+from seqzoo.kernels.delta_lowrank import delta_lowrank
 from seqzoo.kernels.long_conv import long_conv
 from seqzoo.kernels.scan import scan
 from seqzoo.kernels.selective_scan import selective_scan
@@ -95,6 +96,14 @@ def _for_gated_delta(T: int, s: Sizes, *channels: int) -> Inputs:
     return _for_delta(T, s) | {"log_decay": gate}
 
 
+def _for_lowrank(T: int, s: Sizes) -> Inputs:
+    """As RWKV-7 has them: what is removed, and how much of it at each key channel."""
+    made, shape = _for_attention(T, s), (s.batch, T, s.heads, s.head_width)
+    removed = normalize(torch.randn(shape), dim=-1)
+    gate = -softplus(torch.randn(shape) - 2)
+    return made | {"a": -removed, "b": removed * torch.rand(shape), "log_decay": gate}
+
+
 def _delta(x: Inputs) -> Tensor:
     return delta(*x.values(), scale=x["q"].shape[-1] ** -0.5)[0]
 
@@ -111,6 +120,7 @@ OPERATIONS = {
     "long_conv": Operation(_for_long_conv, lambda x: long_conv(*x.values())),
     "decay": Operation(_for_mamba2, _mamba2),
     "delta": Operation(_for_delta, _delta),
+    "delta_lowrank": Operation(_for_lowrank, lambda x: delta_lowrank(*x.values())[0]),
     "attention": Operation(
         _for_attention, lambda x: attention(x["q"], x["k"], x["v"], window=WINDOW)
     ),

@@ -3,21 +3,27 @@
 Carries RWKV-7.
 """
 
+from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from seqzoo.kernels.decay.chunked import chunk_count
+from seqzoo.kernels.delta import SINGLE
 from seqzoo.kernels.delta.inputs import begin, check_heads, columns, where_real
-from seqzoo.kernels.delta.lowrank_chunked import backward as chunked_backward
-from seqzoo.kernels.delta.lowrank_chunked import forward as chunked_forward
-from seqzoo.kernels.delta.lowrank_chunked import step
-from seqzoo.kernels.delta.reference import delta_lowrank as reference_delta_lowrank
+from seqzoo.kernels.delta_lowrank.chunked import step
+from seqzoo.kernels.delta_lowrank.reference import delta_lowrank as reference_delta_lowrank
 from seqzoo.kernels.dispatch import Backend, choose, declare, full_precision
 from seqzoo.kernels.operator import operator
 
-declare("delta_lowrank", Backend("chunked"), Backend("reference"))
+declare(
+    "delta_lowrank",
+    Backend("fused", ("cuda",), SINGLE, needs=("triton",)),
+    Backend("chunked"),
+    Backend("reference"),
+)
 
 
 def delta_lowrank(
@@ -52,7 +58,8 @@ def delta_lowrank(
         initial_state: S before the first token, (B, H, K, V); zero when None.
         reset: (B, T) bool; True empties the state before the token.
         mask: (B, T) bool; False leaves the state untouched, and o there means nothing.
-        backend: `chunked` or `reference`; `chunked` when None.
+        backend: `fused` (CUDA), `chunked` or `reference`; the first that can serve the call when
+            None.
 
     Returns:
         o: (B, T, H, V) in the dtype of `v`.
@@ -64,18 +71,18 @@ def delta_lowrank(
     check_heads("delta_lowrank", v, k, log_decay, q=q, a=a, b=b)
     state = begin(v, k.shape[-1], (q, k, a, b, log_decay), initial_state, reset, mask)
     wide = state.dtype
-    chosen = choose("delta_lowrank", v, backend)
+    chosen = choose("delta_lowrank", v if wide == torch.float32 else state, backend)
     with full_precision(v):
         q = q if scale == 1 else q.to(wide) * scale
         if chosen == "reference":
             q, k, values, a, b, g = (x.to(wide) for x in (q, k, v, a, b, log_decay))
             o, state = reference_delta_lowrank(q, k, values, a, b, g, state, reset, mask)
         else:
-            o, state = _vectorised(q, k, v, a, b, log_decay, state, reset, mask)
+            o, state = _fast(q, k, v, a, b, log_decay, state, reset, mask, chosen)
     return o.to(v.dtype), state
 
 
-def _vectorised(
+def _fast(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -85,6 +92,7 @@ def _vectorised(
     state: Tensor,
     reset: Tensor | None,
     mask: Tensor | None,
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
     """Everything said with a, b, keys and decays alone, then the chunks."""
     if v.shape[0] * v.shape[1] == 0:
@@ -93,26 +101,46 @@ def _vectorised(
     if reset is not None:  # a reads before the decay
         g = torch.where(reset[..., None, None], -torch.inf, g)
         a = torch.where(reset[..., None, None], 0, a)
+    if backend == "fused":  # whose decays are those of channels
+        g = g.to(state.dtype).expand(k.shape)
     if v.shape[1] == 1:
+        if backend == "fused":
+            o, last = _step(q, k, v, a, b, g, state, backend)
+            return o, last
         return step(q, k, v, a, b, g, state)
-    o, last, _ = _chunks(q, k, v, a, b, g, state)
+    o, last, _ = _chunks(q, k, v, a, b, g, state, backend)
     return o, last
 
 
 @operator("seqzoo::delta_lowrank")
 def _chunks(
-    q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, g: Tensor, initial_state: Tensor
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    g: Tensor,
+    initial_state: Tensor,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    o, states = chunked_forward(q, k, v, a, b, g, initial_state)
+    o, states = _module(backend).forward(q, k, v, a, b, g, initial_state)
     return o, states[-1].clone(), states
 
 
 @_chunks.register_fake
 def _(
-    q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, g: Tensor, initial_state: Tensor
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    g: Tensor,
+    initial_state: Tensor,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     states = initial_state.new_empty(1 + chunk_count(v.shape[1]), *initial_state.shape)
-    return v.new_empty(v.shape, dtype=states.dtype), states.new_empty(states.shape[1:]), states
+    o = v.new_empty(v.shape, dtype=v.dtype if backend == "fused" else states.dtype)
+    return o, states.new_empty(states.shape[1:]), states
 
 
 @operator("seqzoo::delta_lowrank_backward")
@@ -126,9 +154,13 @@ def _chunks_backward(
     states: Tensor,
     do: Tensor,
     dstate: Tensor,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     with full_precision(v):
-        return chunked_backward(q, k, v, a, b, g, states, do, dstate)
+        dq, dk, dv, da, db, dg, dstart = _module(backend).backward(
+            q, k, v, a, b, g, states, do, dstate
+        )
+    return dq, dk, dv, da, db, dg, dstart
 
 
 @_chunks_backward.register_fake
@@ -142,12 +174,14 @@ def _(
     states: Tensor,
     do: Tensor,
     dstate: Tensor,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     dq, dk, dv, da, db, dg = (x.new_empty(x.shape) for x in (q, k, v, a, b, g))
     return dq, dk, dv, da, db, dg, dstate.new_empty(dstate.shape)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:  # noqa: ANN401
+    ctx.backend = inputs[7]
     ctx.save_for_backward(*inputs[:6], output[2])
     ctx.set_materialize_grads(False)
 
@@ -157,12 +191,68 @@ def _differentiate(
     do: Tensor | None,
     dstate: Tensor | None,
     _: None,
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor | None, ...]:
     *inputs, states = ctx.saved_tensors
     do = states.new_zeros(inputs[2].shape) if do is None else do
     dstate = states.new_zeros(states.shape[1:]) if dstate is None else dstate
-    gradients: tuple[Tensor, ...] = _chunks_backward(*inputs, states, do, dstate)
-    return gradients
+    return *_chunks_backward(*inputs, states, do, dstate, ctx.backend), None
 
 
 _chunks.register_autograd(_differentiate, setup_context=_save)
+
+
+@operator("seqzoo::delta_lowrank_step")
+def _step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    g: Tensor,
+    initial_state: Tensor,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """One token, without the states that a chunk would keep."""
+    o, state = _module(backend).step(q, k, v, a, b, g, initial_state)
+    return o, state
+
+
+@_step.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    g: Tensor,
+    initial_state: Tensor,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    return v.new_empty(v.shape), initial_state.new_empty(initial_state.shape)
+
+
+def _save_step(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:  # noqa: ANN401
+    ctx.save_for_backward(*inputs[:7])
+    ctx.backend = inputs[7]
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate_step(
+    ctx: Any,  # noqa: ANN401  # torch's own type
+    do: Tensor | None,
+    dstate: Tensor | None,
+) -> tuple[Tensor | None, ...]:
+    """A chunk of one token; the state after it is not read."""
+    *inputs, start = ctx.saved_tensors
+    do = start.new_zeros(inputs[2].shape) if do is None else do
+    dstate = torch.zeros_like(start) if dstate is None else dstate
+    states = torch.stack((start, start))
+    gradients: tuple[Tensor, ...] = _chunks_backward(*inputs, states, do, dstate, ctx.backend)
+    return *gradients, None
+
+
+_step.register_autograd(_differentiate_step, setup_context=_save_step)
+
+
+def _module(backend: str) -> ModuleType:
+    return import_module(f"{__name__}.{backend}")

@@ -82,7 +82,7 @@ def step(
 def forward(
     q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, g: Tensor, initial_state: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """See `seqzoo.kernels.delta.lowrank.delta_lowrank`, in the dtype of `initial_state`.
+    """See `seqzoo.kernels.delta_lowrank.delta_lowrank`, in the dtype of `initial_state`.
 
     Args:
         q: (B, T, H, K), T >= 2; k, a and b alike.
