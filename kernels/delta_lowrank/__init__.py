@@ -143,7 +143,7 @@ def _(
     return o, states.new_empty(states.shape[1:]), states
 
 
-@operator("seqzoo::delta_lowrank_backward")
+@operator("seqzoo::delta_lowrank_backward", like=("q", "k", "v", "a", "b", "g", "dstate"))
 def _chunks_backward(
     q: Tensor,
     k: Tensor,
@@ -161,23 +161,6 @@ def _chunks_backward(
             q, k, v, a, b, g, states, do, dstate
         )
     return dq, dk, dv, da, db, dg, dstart
-
-
-@_chunks_backward.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    a: Tensor,
-    b: Tensor,
-    g: Tensor,
-    states: Tensor,
-    do: Tensor,
-    dstate: Tensor,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    dq, dk, dv, da, db, dg = (x.new_empty(x.shape) for x in (q, k, v, a, b, g))
-    return dq, dk, dv, da, db, dg, dstate.new_empty(dstate.shape)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:  # noqa: ANN401
@@ -201,7 +184,7 @@ def _differentiate(
 _chunks.register_autograd(_differentiate, setup_context=_save)
 
 
-@operator("seqzoo::delta_lowrank_step")
+@operator("seqzoo::delta_lowrank_step", like=("v", "initial_state"))
 def _step(
     q: Tensor,
     k: Tensor,
@@ -215,20 +198,6 @@ def _step(
     """One token, without the states that a chunk would keep."""
     o, state = _module(backend).step(q, k, v, a, b, g, initial_state)
     return o, state
-
-
-@_step.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    a: Tensor,
-    b: Tensor,
-    g: Tensor,
-    initial_state: Tensor,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    return v.new_empty(v.shape), initial_state.new_empty(initial_state.shape)
 
 
 def _save_step(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:  # noqa: ANN401
