@@ -386,7 +386,7 @@ def compiles(case: Case, backend: str = "aot_eager") -> None:
     torch.compiler.reset()
     compiled = torch.compile(mixer, fullgraph=True, backend=backend)
     mask = masks()["inside"]
-    for T in (23, 24):
+    for T in (23,) if case.options else (23, 24):  # the second traces again, with T unknown
         x = tokens(4, T, D).requires_grad_()
         found, wanted = compiled(x)[0], mixer(x)[0]
         assert_close(found, wanted, 1e-5, f"compiled, T = {T}")
