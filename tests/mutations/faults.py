@@ -311,7 +311,7 @@ FAULTS = (
         "zoo/model.py",
         "cache.seen + x.shape[1], last_document(ctx)",
         "cache.seen + x.shape[1], None",
-        tests=("tests/zoo/test_model.py", "-k", "across_passes"),
+        tests=("tests/zoo/test_generation.py", "-k", "packed_documents or remembers_documents"),
     ),
     Fault(
         "buffers that no checkpoint holds come back as garbage",
