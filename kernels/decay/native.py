@@ -8,8 +8,12 @@ from torch import Tensor
 
 from seqzoo.kernels.native import BACKWARD, FORWARD, PRELUDE, REALS, build, call, threads
 
-SOURCE = PRELUDE + Path(__file__).with_name("native.c").read_text()
-CHUNK = 64  # as in the source
+SOURCE = (
+    PRELUDE
+    + Path(__file__).with_name("weights.c").read_text()
+    + Path(__file__).with_name("native.c").read_text()
+)
+CHUNK = 64  # as in weights.c
 TASKS = 8  # heads that share a key are split among tasks until there are so many
 
 

@@ -229,7 +229,7 @@ FAULTS = (
     ),
     Fault(
         "sums of log decays come out short",
-        DECAY_C,
+        "kernels/decay/weights.c",
         "sum += load(s->g + at);",
         "sum += load(s->g + at) * (REAL)0.996;",
         "gla",
