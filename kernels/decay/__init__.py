@@ -6,12 +6,12 @@ RWKV-5 and -6, mLSTM and lightning attention.
 
 from importlib import import_module
 from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from seqzoo.kernels.decay.chunked import step
+from seqzoo.kernels.decay.operators import differentiate
 from seqzoo.kernels.decay.reference import decay as reference_decay
 from seqzoo.kernels.dispatch import Backend, accumulator, choose, declare, full_precision
 from seqzoo.kernels.errors import check_shape, not_divisible, unknown
@@ -202,25 +202,7 @@ def _chunks_backward(
     return dq, dk, dv, dg, dstart
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:  # noqa: ANN401
-    ctx.backend = inputs[5]
-    ctx.save_for_backward(*inputs[:4], output[2])
-    ctx.set_materialize_grads(False)
-
-
-def _differentiate(
-    ctx: Any,  # noqa: ANN401  # torch's own type
-    do: Tensor | None,
-    dstate: Tensor | None,
-    _: None,
-) -> tuple[Tensor | None, ...]:
-    q, k, v, g, states = ctx.saved_tensors
-    do = states.new_zeros(v.shape) if do is None else do
-    dstate = states.new_zeros(states.shape[1:]) if dstate is None else dstate
-    return *_chunks_backward(q, k, v, g, states, do, dstate, ctx.backend), None
-
-
-_chunks.register_autograd(_differentiate, setup_context=_save)
+differentiate(_chunks, _chunks_backward)
 
 
 @operator("seqzoo::decay_step")

@@ -5,12 +5,12 @@ Carries DeltaNet, Gated DeltaNet and Kimi delta attention.
 
 from importlib import import_module
 from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from seqzoo.kernels.decay.chunked import chunk_count
+from seqzoo.kernels.decay.operators import differentiate
 from seqzoo.kernels.delta.chunked import step
 from seqzoo.kernels.delta.inputs import begin, check_heads, columns, where_real
 from seqzoo.kernels.delta.reference import delta as reference_delta
@@ -159,27 +159,6 @@ def _chunks_backward(
     return dq, dk, dv, dbeta, dg, dstart
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:  # noqa: ANN401
-    ctx.backend = inputs[6]
-    ctx.save_for_backward(*inputs[:5], output[2])
-    ctx.set_materialize_grads(False)
-
-
-def _differentiate(
-    ctx: Any,  # noqa: ANN401  # torch's own type
-    do: Tensor | None,
-    dstate: Tensor | None,
-    _: None,
-) -> tuple[Tensor | None, ...]:
-    *inputs, states = ctx.saved_tensors
-    do = states.new_zeros(inputs[2].shape) if do is None else do
-    dstate = states.new_zeros(states.shape[1:]) if dstate is None else dstate
-    return *_chunks_backward(*inputs, states, do, dstate, ctx.backend), None
-
-
-_chunks.register_autograd(_differentiate, setup_context=_save)
-
-
 @operator("seqzoo::delta_step", like=("v", "initial_state"))
 def _step(
     q: Tensor,
@@ -195,27 +174,7 @@ def _step(
     return o, state
 
 
-def _save_step(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:  # noqa: ANN401
-    ctx.save_for_backward(*inputs[:6])
-    ctx.backend = inputs[6]
-    ctx.set_materialize_grads(False)
-
-
-def _differentiate_step(
-    ctx: Any,  # noqa: ANN401  # torch's own type
-    do: Tensor | None,
-    dstate: Tensor | None,
-) -> tuple[Tensor | None, ...]:
-    """A chunk of one token; the state after it is not read."""
-    *inputs, start = ctx.saved_tensors
-    do = start.new_zeros(inputs[2].shape) if do is None else do
-    dstate = torch.zeros_like(start) if dstate is None else dstate
-    states = torch.stack((start, start))
-    gradients: tuple[Tensor, ...] = _chunks_backward(*inputs, states, do, dstate, ctx.backend)
-    return *gradients, None
-
-
-_step.register_autograd(_differentiate_step, setup_context=_save_step)
+differentiate(_chunks, _chunks_backward, _step)
 
 
 def _module(backend: str) -> ModuleType:
