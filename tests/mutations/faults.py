@@ -300,6 +300,42 @@ FAULTS = (
         tests=("tests/parity/test_channel.py",),
     ),
     Fault(
+        "what a token reads of the state has decayed at that token already",
+        "kernels/delta_lowrank/chunked.py",
+        "A * _since_before(decays)",
+        "A * decays.since",
+        "rwkv7",
+    ),
+    Fault(
+        "a reset comes before a token's last step instead of its first",
+        "kernels/delta/product.py",
+        "_at(0, reset, n)",
+        "_at(n - 1, reset, n)",
+        "gated_deltaproduct",
+    ),
+    Fault(
+        "the running maximum starts anew with every pass",
+        "layers/mlstm.py",
+        "C, m = cell if cell is not None else",
+        "C, m = (cell.C, cell.m * 0) if cell is not None else",
+        "mlstm",
+    ),
+    Fault(
+        "what the last token of a pass writes late is lost",
+        "layers/mamba3.py",
+        "S = given.S + first[:, 0, :, None, None] * given.k[..., None] * given.x[:, :, None]",
+        "S = given.S",
+        "mamba3",
+    ),
+    Fault(
+        "a mini-batch that ends with a single step is not learned from",
+        "kernels/ttt/__init__.py",
+        "= step(*inputs, state, slot == mini_batch - 1,",
+        "= step(*inputs, state, slot == mini_batch,",
+        "ttt_linear",
+        {"n_heads": 2, "mini_batch": 5, "base_lr": 0.5},  # single steps end no longer one
+    ),
+    Fault(
         "beams keep each other's states",
         "zoo/cache.py",
         "self._apply(lambda x: x.index_select(0, beam_idx.to(x.device)))",
