@@ -1,5 +1,6 @@
 """A machine whose compiler is missing, broken or interrupted computes the same numbers anyway."""
 
+import mmap
 import os
 import subprocess
 import sys
@@ -195,6 +196,30 @@ def test_a_single_step_wakes_no_second_thread() -> None:
 def test_a_strided_tensor_never_reaches_c() -> None:
     with pytest.raises(AssertionError, match="no strides"):
         native.call(build(SOURCE, "float"), "scan_forward", torch.zeros(2, 3).t())
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="only Linux is asked")
+def test_large_tensors_ask_for_large_pages_within_their_own_memory(monkeypatch) -> None:
+    asked = []
+
+    class Libc:
+        @staticmethod
+        def madvise(first, size, advice) -> None:
+            asked.append((first.value, size.value, advice))
+
+    monkeypatch.setattr(native, "_libc", Libc)
+    library = build(PRELUDE + PRODUCTS, "float")
+    small, large = torch.zeros(64), torch.zeros(native.LARGE // 4 + 64)
+    native.call(library, "power", small, large[:64], 64, 0)
+    assert asked == []
+    for shift in (0, 1):  # a page begins anywhere in a tensor
+        native.call(library, "power", small, large[shift:], 64, 0)
+        first, size, advice = asked.pop()
+        assert first % mmap.PAGESIZE == 0
+        begin, end = large[shift:].data_ptr(), large.data_ptr() + large.nbytes
+        assert begin <= first < begin + mmap.PAGESIZE
+        assert first + size == end
+        assert advice == mmap.MADV_HUGEPAGE
 
 
 PRODUCTS = """
