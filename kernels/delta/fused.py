@@ -22,13 +22,10 @@ from torch import Tensor
 
 from seqzoo.kernels.decay.chunked import chunk_count
 from seqzoo.kernels.delta.fused_keys import CHUNK, block, corrections, gradients, prepare
-from seqzoo.kernels.dispatch import interpreting
-from seqzoo.kernels.fused import OPTIONS, Variant
+from seqzoo.kernels.delta.launch import MOST, PRECISION, WIDEST, launch, padded_width
+from seqzoo.kernels.fused import Variant
 
-WIDEST = 64  # channels of keys in a block, at most
-PRECISION = "bf16x6"  # of float32 factors
 NARROW = (torch.bfloat16,)  # dtypes whose matrix products are not float32
-MOST = 255  # registers: else the assembler spills a little to have more programs at once
 
 
 class Prepared(NamedTuple):
@@ -52,7 +49,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """See `seqzoo.kernels.delta.chunked.forward`; o comes in the dtype of `v`."""
     q, k, v, beta, g = (x.contiguous() for x in (q, k, v, beta, g))
-    made, width = _prepared(q, k, v, beta, g), {"WIDTH": _width(k)}
+    made, width = _prepared(q, k, v, beta, g), {"WIDTH": padded_width(k)}
     (B, T, H, V), K, N = v.shape, k.shape[3], chunk_count(v.shape[1])
     states = initial_state.new_empty(1 + N, *initial_state.shape)
     states[0] = initial_state
@@ -74,7 +71,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See `seqzoo.kernels.delta.chunked.backward`."""
     q, k, v, beta, g, states, do = (x.contiguous() for x in (q, k, v, beta, g, states, do))
-    made, width = _prepared(q, k, v, beta, g), {"WIDTH": _width(k)}
+    made, width = _prepared(q, k, v, beta, g), {"WIDTH": padded_width(k)}
     (B, T, H, V), K, N = v.shape, k.shape[3], len(states) - 1
     errors, written = (made.keys.new_empty(B * H * N, CHUNK, V) for _ in range(2))
     dA, dM = (states.new_empty(B * H * N, CHUNK, CHUNK) for _ in range(2))
@@ -111,7 +108,7 @@ def step(
 
 
 def _prepared(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor) -> Prepared:
-    (B, T, H, K), N, width = k.shape, chunk_count(k.shape[1]), _width(k)
+    (B, T, H, K), N, width = k.shape, chunk_count(k.shape[1]), padded_width(k)
     tile, wide = torch.promote_types(k.dtype, v.dtype), torch.float32
     tile = tile if tile in NARROW else wide
     A, M, inverse = (k.new_empty(B * H * N, CHUNK, CHUNK, dtype=x) for x in (tile, wide, wide))
@@ -121,11 +118,6 @@ def _prepared(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor) -> Prepa
     options = {"VECTOR": g.shape[-1] > 1, "WIDTH": width}
     _launch(prepare, (B * H * N,), made.keys, q, k, beta, g, *made, T, H, K, N, **options)
     return made
-
-
-def _width(k: Tensor) -> int:
-    """The keys' channels, filled up to whole blocks."""
-    return -(-k.shape[3] // WIDEST) * WIDEST
 
 
 def _config(kernel: triton.JITFunction, size: int) -> dict[str, Any]:
@@ -150,17 +142,8 @@ def _launch(
     **options: bool | int,
 ) -> None:
     """The second number of the grid counts channels, of keys in `gradients` and of values else."""
-    config = _config(kernel, tile.itemsize) | options
-    if kernel is not _step:
-        config["PRECISION"] = "ieee" if interpreting() else PRECISION
-    if torch.version.hip:
-        config.pop("maxnreg", None)  # of NVIDIA's compiler alone
-    if len(grid) > 1:
-        block = config["BLOCK_K" if kernel is gradients else "BLOCK_V"]
-        grid = (grid[0], triton.cdiv(grid[1], block))
-    if all(grid):
-        with torch.cuda.device_of(tile):
-            kernel[grid](*given, **config, **OPTIONS)
+    by = "BLOCK_K" if kernel is gradients else "BLOCK_V"
+    launch(kernel, grid, by, tile, given, _config(kernel, tile.itemsize) | options)
 
 
 @triton.jit

@@ -28,15 +28,12 @@ from torch import Tensor
 
 from seqzoo.kernels.decay.chunked import chunk_count
 from seqzoo.kernels.delta.fused_keys import CHUNK, block
+from seqzoo.kernels.delta.launch import MOST, PRECISION, WIDEST, launch, padded_width
 from seqzoo.kernels.delta_lowrank.fused_gradients import corrections, of_columns, of_rows
 from seqzoo.kernels.delta_lowrank.fused_reads import prepare
-from seqzoo.kernels.dispatch import interpreting
-from seqzoo.kernels.fused import OPTIONS, Variant
+from seqzoo.kernels.fused import Variant
 
-WIDEST = 64  # channels of keys in a block, at most
-PRECISION = "bf16x6"  # of float32 factors
 NARROW = (torch.bfloat16,)  # dtypes whose matrix products are not float32
-MOST = 255  # registers: else the assembler spills a little to have more programs at once
 
 
 class Prepared(NamedTuple):
@@ -70,7 +67,9 @@ def forward(
     states = initial_state.new_empty(1 + N, *initial_state.shape)
     states[0] = initial_state
     o = torch.empty_like(v)
-    _launch(_forward, (B * H, V), made.keys, v, *made, states, o, T, H, K, V, N, WIDTH=_width(k))
+    _launch(
+        _forward, (B * H, V), made.keys, v, *made, states, o, T, H, K, V, N, WIDTH=padded_width(k)
+    )
     return o, states
 
 
@@ -88,7 +87,7 @@ def backward(
     """See `seqzoo.kernels.delta_lowrank.chunked.backward`."""
     q, k, v, a, b, g = (x.contiguous() for x in (q, k, v, a, b, g))
     states, do = states.contiguous(), do.contiguous()
-    made, width = _prepared(q, k, v, a, b, g), {"WIDTH": _width(k)}
+    made, width = _prepared(q, k, v, a, b, g), {"WIDTH": padded_width(k)}
     (B, T, H, V), K, N = v.shape, k.shape[3], len(states) - 1
     found, dfound = (made.keys.new_empty(B * H * N, CHUNK, V) for _ in range(2))
     squares = [states.new_empty(B * H * N, CHUNK, CHUNK) for _ in range(4)]
@@ -121,7 +120,7 @@ def step(
 
 
 def _prepared(q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, g: Tensor) -> Prepared:
-    (B, T, H, K), N, width, wide = k.shape, chunk_count(k.shape[1]), _width(k), torch.float32
+    (B, T, H, K), N, width, wide = k.shape, chunk_count(k.shape[1]), padded_width(k), torch.float32
     dtypes = {x.dtype for x in (k, v, a, b)}
     tile = k.dtype if len(dtypes) == 1 and k.dtype in NARROW else wide
     squares = [k.new_empty(B * H * N, CHUNK, CHUNK, dtype=x) for x in (tile, tile, tile, wide)]
@@ -130,11 +129,6 @@ def _prepared(q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, g: Tensor) 
     made = Prepared._make((*squares, *decayed, total))
     _launch(prepare, (B * H * N,), made.keys, q, k, a, b, g, *made, T, H, K, N, WIDTH=width)
     return made
-
-
-def _width(k: Tensor) -> int:
-    """The keys' channels, filled up to whole blocks."""
-    return -(-k.shape[3] // WIDEST) * WIDEST
 
 
 def _config(kernel: triton.JITFunction, size: int) -> dict[str, Any]:
@@ -159,17 +153,8 @@ def _launch(
     **options: bool | int,
 ) -> None:
     """The second number of the grid counts channels: of keys for gradients, of values else."""
-    config = _config(kernel, tile.itemsize) | options
-    if kernel is not _step:
-        config["PRECISION"] = "ieee" if interpreting() else PRECISION
-    if torch.version.hip:
-        config.pop("maxnreg", None)  # of NVIDIA's compiler alone
-    if len(grid) > 1:
-        width = config["BLOCK_K" if kernel in (of_rows, of_columns) else "BLOCK_V"]
-        grid = (grid[0], triton.cdiv(grid[1], width))
-    if all(grid):
-        with torch.cuda.device_of(tile):
-            kernel[grid](*given, **config, **OPTIONS)
+    by = "BLOCK_K" if kernel in (of_rows, of_columns) else "BLOCK_V"
+    launch(kernel, grid, by, tile, given, _config(kernel, tile.itemsize) | options)
 
 
 @triton.jit
