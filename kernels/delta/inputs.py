@@ -1,10 +1,11 @@
-"""What the two delta rules ask of their inputs before they compute anything."""
+"""What the two delta rules ask of their inputs before they compute anything, and what comes out."""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from seqzoo.kernels.decay.chunked import chunk_count
 from seqzoo.kernels.dispatch import accumulator
 from seqzoo.kernels.errors import check_shape
 
@@ -61,3 +62,10 @@ def where_real(mask: Tensor | None, *tensors: Tensor) -> tuple[Tensor, ...]:
     if mask is None:
         return tensors
     return tuple(torch.where(mask[..., None, None], x, 0) for x in tensors)
+
+
+def empty_outputs(v: Tensor, initial_state: Tensor, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Shapes and dtypes of o, the last state, and the states before, between and after chunks."""
+    states = initial_state.new_empty(1 + chunk_count(v.shape[1]), *initial_state.shape)
+    o = v.new_empty(v.shape, dtype=v.dtype if backend == "fused" else states.dtype)
+    return o, states.new_empty(states.shape[1:]), states

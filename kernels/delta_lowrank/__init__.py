@@ -5,14 +5,14 @@ Carries RWKV-7.
 
 from importlib import import_module
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from seqzoo.kernels.decay.chunked import chunk_count
 from seqzoo.kernels.decay.operators import differentiate
 from seqzoo.kernels.delta import SINGLE
-from seqzoo.kernels.delta.inputs import begin, check_heads, columns, where_real
+from seqzoo.kernels.delta.inputs import begin, check_heads, columns, empty_outputs, where_real
 from seqzoo.kernels.delta_lowrank.chunked import step
 from seqzoo.kernels.delta_lowrank.reference import delta_lowrank as reference_delta_lowrank
 from seqzoo.kernels.dispatch import Backend, choose, declare, full_precision
@@ -128,19 +128,8 @@ def _chunks(
 
 
 @_chunks.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    a: Tensor,
-    b: Tensor,
-    g: Tensor,
-    initial_state: Tensor,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    states = initial_state.new_empty(1 + chunk_count(v.shape[1]), *initial_state.shape)
-    o = v.new_empty(v.shape, dtype=v.dtype if backend == "fused" else states.dtype)
-    return o, states.new_empty(states.shape[1:]), states
+def _(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:  # noqa: ANN401
+    return empty_outputs(v, *others[-2:])
 
 
 @operator("seqzoo::delta_lowrank_backward", like=("q", "k", "v", "a", "b", "g", "dstate"))
